@@ -1,0 +1,1 @@
+"""Loaders of the compiled parts. Each keeps the reason when its part is absent."""

@@ -1,0 +1,27 @@
+"""What an op is, as data: read by tests, benchmarks, docs and `explain`; never by dispatch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One row of the registry.
+
+    `problem` builds the op's problem description from keyword shapes and raises
+    InvalidArgumentError on an unknown one; `supports(backend, problem)` answers (able, reason);
+    `choose(problem, requested)` gives the backend that would run and why.
+    `flops` and `min_bytes` count one forward or backward of the ideal kernel.
+    """
+
+    name: str
+    backends: tuple[str, ...]
+    schemas: tuple[str, ...]
+    problem: Callable[..., object]
+    supports: Callable[[str, object], tuple[bool, str]]
+    choose: Callable[[object, str | None], tuple[str, str]]
+    flops: Callable[[object, str], float]
+    min_bytes: Callable[[object, str], float]
+    deterministic: str

@@ -1,0 +1,102 @@
+"""Public functions of the op: validation, autocast, flattening."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_kernels.ops import _dispatch
+from lora_kernels.ops.lora_linear import validate
+from lora_kernels.ops.lora_linear.autograd import LoraLinearFunction
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    *,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``x W^T + bias + scaling * dropout(x) A^T B^T``, fused, with all gradients.
+
+    Args:
+        x: ``[..., in_features]``, any strides, zero rows allowed; fp32, bf16, fp16 or fp64.
+        weight: ``[out_features, in_features]`` in the dtype of x. Usually frozen.
+        lora_a: ``[r, in_features]``, any r >= 1, any floating dtype (fp32 adapters over a bf16
+            base get fp32 gradients from fp32 accumulators; x is never converted).
+        lora_b: ``[out_features, r]``, as lora_a.
+        scaling: a finite number, read at run time (``alpha / r``, say).
+        bias: ``[out_features]`` or None.
+        dropout_p: probability of dropping an element of x on the adapter path, 0 to 1. Counter
+            based (Philox4x32-7 on seed, row, column): nothing is stored, a recomputed forward
+            drops the same elements. Resolution 1/65536.
+        seed: int or int64 tensor of one element; None draws one from torch's generator.
+        backend: None or ``auto``, ``reference``, ``aten``, ``cpu``, ``triton``, ``cuda``. A
+            backend asked for by name never falls back.
+
+    Under ``torch.autocast`` x is converted to the autocast dtype, as nn.Linear would.
+
+    Returns:
+        ``[..., out_features]`` in the (autocast) dtype of x.
+
+    Raises:
+        InvalidArgumentError: shape, dtype, device or value of an argument; the message names it.
+        BackendUnavailableError: `backend` was given and cannot run this problem.
+
+    Source: Hu et al. 2021, arXiv 2106.09685; formulas and gradients in reference.py.
+    """
+    return grouped_lora_linear(
+        x, (weight,), (lora_a,), (lora_b,), (scaling,),
+        biases=(bias,), dropout_p=dropout_p, seed=seed, backend=backend,
+    )[0]  # fmt: skip
+
+
+def grouped_lora_linear(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    *,
+    biases: Sequence[Tensor | None] | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> list[Tensor]:
+    """Several LoRA linears of one input (q/k/v, gate/up): x is read once, dX summed once.
+
+    Args and errors as :func:`lora_linear`, one list entry per member; out_features and r may
+    differ between members. Each member drops its own elements of x, as separate layers would.
+
+    Returns:
+        One ``[..., out_features_g]`` per member.
+    """
+    biases = [None] * len(weights) if biases is None else list(biases)
+    validate.check_dropout(dropout_p)
+    validate.check_lengths(
+        weights=weights, lora_as=lora_as, lora_bs=lora_bs, scalings=scalings, biases=biases
+    )
+    for scaling in scalings:
+        validate.check_scaling(scaling)
+    autocast = isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type)
+    validate.check_tensors(x, weights, lora_as, lora_bs, biases, autocast)
+    if autocast and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    name = _dispatch.requested_backend(backend)
+    rows = x.reshape(-1, x.shape[-1])
+    outputs = LoraLinearFunction.apply(
+        rows,
+        validate.make_seed(seed, dropout_p, x.device),
+        tuple(scalings),
+        float(dropout_p),
+        name,
+        *weights, *lora_as, *lora_bs, *biases,
+    )  # fmt: skip
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs[:-1]]

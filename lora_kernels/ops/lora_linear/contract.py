@@ -1,0 +1,137 @@
+"""The registered op pair of lora_linear: schema, implementation, fake. Torch only.
+
+One pair serves the single and the grouped form (lists of one or more members that share x) and
+every backend: `backend` is a schema argument and is resolved on real tensors. The pair is
+deliberately not differentiable; autograd.py wraps it. Everything here is 2-D.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from lora_kernels.ops.lora_linear.problem import LoraLinearProblem, choose
+
+_library = torch.library.Library("lora_kernels", "FRAGMENT")
+_library.define(
+    "lora_linear_fwd(Tensor x, Tensor[] weights, Tensor[] lora_as, Tensor[] lora_bs, "
+    "Tensor?[] biases, float[] scalings, float dropout_p, Tensor? seed, str backend) "
+    "-> (Tensor[] ys, Tensor s)"
+)
+_library.define(
+    "lora_linear_bwd(Tensor[] dys, Tensor x, Tensor[] weights, Tensor[] lora_as, "
+    "Tensor[] lora_bs, Tensor s, float[] scalings, float dropout_p, Tensor? seed, "
+    "bool need_dx, bool need_da, bool need_db, str backend) "
+    "-> (Tensor dx, Tensor[] das, Tensor[] dbs)"
+)
+
+
+def _launcher(
+    x: Tensor, weights: list[Tensor], lora_as: list[Tensor], dropout_p: float, backend: str
+) -> ModuleType:
+    problem = LoraLinearProblem.of(x, weights, lora_as, dropout_p)
+    name, _ = choose(problem, backend)
+    module = {"triton": "triton_kernels"}.get(name, name)
+    return importlib.import_module(f"lora_kernels.ops.lora_linear.{module}")
+
+
+def _fwd(
+    x: Tensor,
+    weights: list[Tensor],
+    lora_as: list[Tensor],
+    lora_bs: list[Tensor],
+    biases: list[Tensor | None],
+    scalings: list[float],
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[list[Tensor], Tensor]:
+    if x.shape[0] == 0:
+        return _fwd_fake(x, weights, lora_as, lora_bs, biases, scalings, dropout_p, seed, backend)
+    launcher = _launcher(x, weights, lora_as, dropout_p, backend)
+    # The caller has settled every dtype; an autocast region must not change the inner GEMMs.
+    with torch.autocast(x.device.type, enabled=False):
+        return launcher.lora_linear_fwd(
+            x, weights, lora_as, lora_bs, biases, scalings, dropout_p, seed
+        )
+
+
+def _bwd(
+    dys: list[Tensor],
+    x: Tensor,
+    weights: list[Tensor],
+    lora_as: list[Tensor],
+    lora_bs: list[Tensor],
+    s: Tensor,
+    scalings: list[float],
+    dropout_p: float,
+    seed: Tensor | None,
+    need_dx: bool,
+    need_da: bool,
+    need_db: bool,
+    backend: str,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    if x.shape[0] == 0:
+        return (
+            torch.empty_like(x, memory_format=torch.contiguous_format)
+            if need_dx
+            else x.new_empty(0),
+            [a.new_zeros(a.shape) for a in lora_as] if need_da else [],
+            [b.new_zeros(b.shape) for b in lora_bs] if need_db else [],
+        )
+    launcher = _launcher(x, weights, lora_as, dropout_p, backend)
+    with torch.autocast(x.device.type, enabled=False):
+        return launcher.lora_linear_bwd(
+            dys, x, weights, lora_as, lora_bs, s, scalings, dropout_p, seed,
+            need_dx, need_da, need_db,
+        )  # fmt: skip
+
+
+def _fwd_fake(
+    x: Tensor,
+    weights: list[Tensor],
+    lora_as: list[Tensor],
+    lora_bs: list[Tensor],
+    biases: list[Tensor | None],
+    scalings: list[float],
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[list[Tensor], Tensor]:
+    ys = [x.new_empty(x.shape[0], w.shape[0]) for w in weights]
+    return ys, x.new_empty(x.shape[0], sum(a.shape[0] for a in lora_as))
+
+
+def _bwd_fake(
+    dys: list[Tensor],
+    x: Tensor,
+    weights: list[Tensor],
+    lora_as: list[Tensor],
+    lora_bs: list[Tensor],
+    s: Tensor,
+    scalings: list[float],
+    dropout_p: float,
+    seed: Tensor | None,
+    need_dx: bool,
+    need_da: bool,
+    need_db: bool,
+    backend: str,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    return (
+        x.new_empty(x.shape) if need_dx else x.new_empty(0),
+        [a.new_empty(a.shape) for a in lora_as] if need_da else [],
+        [b.new_empty(b.shape) for b in lora_bs] if need_db else [],
+    )
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("lora_linear_fwd", _fwd, _key)
+    _library.impl("lora_linear_bwd", _bwd, _key)
+torch.library.register_fake("lora_kernels::lora_linear_fwd", _fwd_fake, lib=_library)
+torch.library.register_fake("lora_kernels::lora_linear_bwd", _bwd_fake, lib=_library)
+
+fwd = torch.ops.lora_kernels.lora_linear_fwd.default
+bwd = torch.ops.lora_kernels.lora_linear_bwd.default

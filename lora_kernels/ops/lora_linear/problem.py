@@ -1,0 +1,118 @@
+"""The problem description that predicates, `explain`, benchmarks and tests share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from lora_kernels.errors import InvalidArgumentError
+from lora_kernels.ops import _dispatch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class LoraLinearProblem:
+    """Y [M, N] from X [M, K]; N and the ranks are per group member."""
+
+    M: int
+    K: int
+    N: tuple[int, ...]
+    rank: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    weight_dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    dropout_p: float = 0.0
+    frozen: bool = True
+
+    @classmethod
+    def of(
+        cls, x: Tensor, weights: list[Tensor], lora_as: list[Tensor], dropout_p: float
+    ) -> LoraLinearProblem:
+        return cls(
+            M=x.shape[0],
+            K=x.shape[1],
+            N=tuple(w.shape[0] for w in weights),
+            rank=tuple(a.shape[0] for a in lora_as),
+            dtype=x.dtype,
+            weight_dtype=weights[0].dtype,
+            device=x.device.type,
+            dropout_p=dropout_p,
+            frozen=not any(w.requires_grad for w in weights),
+        )
+
+    @classmethod
+    def from_shapes(cls, **shapes: object) -> LoraLinearProblem:
+        """From keywords M, K, N, rank (int or tuple), dtype, device, ...: for `lk.explain`."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(shapes) - known)
+        if unknown:
+            raise InvalidArgumentError(
+                f"unknown argument {unknown[0]!r}; accepted: {', '.join(sorted(known))}"
+            )
+        missing = sorted({"M", "K", "N"} - set(shapes))
+        if missing:
+            raise InvalidArgumentError(f"argument {missing[0]!r} is missing; needed: M, K, N")
+        n = shapes["N"]
+        shapes["N"] = n if isinstance(n, tuple) else (n,)
+        rank = shapes.get("rank", 16)
+        shapes["rank"] = rank if isinstance(rank, tuple) else (rank,) * len(shapes["N"])  # type: ignore[arg-type]
+        for key in ("dtype", "weight_dtype"):
+            value = shapes.get(key)
+            if isinstance(value, str):
+                shapes[key] = getattr(torch, value.removeprefix("torch."), None)
+            if key in shapes and shapes[key] not in DTYPES:
+                raise InvalidArgumentError(
+                    f"{key}={value!r} is not supported; accepted: "
+                    + ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+                )
+        shapes.setdefault("weight_dtype", shapes.get("dtype", torch.float32))
+        return cls(**shapes)  # type: ignore[arg-type]
+
+
+def supports(backend: str, problem: LoraLinearProblem) -> tuple[bool, str]:
+    """Can this backend run this problem; the reason is for people."""
+    if backend == "reference":
+        return True, "plain PyTorch"
+    if backend == "aten":
+        return True, "library GEMMs"
+    if backend == "cpu":
+        from lora_kernels.ops.lora_linear import cpu
+
+        return cpu.supports(problem)
+    return False, f"lora_linear has no {backend} kernels"
+
+
+def choose(problem: LoraLinearProblem, requested: str | None = None) -> tuple[str, str]:
+    """(backend, reason) that would run `problem`."""
+
+    def auto_supports(name: str) -> tuple[bool, str]:
+        able, why = supports(name, problem)
+        if able and name == "cpu":
+            from lora_kernels.ops.lora_linear import cpu
+
+            return cpu.preferred(problem)
+        return able, why
+
+    name = _dispatch.requested_backend(requested)
+    if name == "auto":
+        return _dispatch.resolve("lora_linear", name, ("cpu",), auto_supports)
+    return _dispatch.resolve("lora_linear", name, (), lambda b: supports(b, problem))
+
+
+def flops(problem: LoraLinearProblem, direction: str) -> float:
+    """Multiply-adds count two. `fwd`: Y; `bwd`: dX, dA, dB."""
+    m, k = problem.M, problem.K
+    base = sum(2.0 * m * k * n for n in problem.N)
+    lora = sum(2.0 * m * r * (k + n) for n, r in zip(problem.N, problem.rank, strict=True))
+    return base + lora if direction == "fwd" else base + 2.0 * lora
+
+
+def min_bytes(problem: LoraLinearProblem, direction: str) -> float:
+    """Every operand read once, every result written once."""
+    e, m, k = problem.dtype.itemsize, problem.M, problem.K
+    n, r = sum(problem.N), sum(problem.rank)
+    fwd = e * (m * k + n * k + r * (k + n) + m * n + m * r)
+    return float(fwd if direction == "fwd" else fwd + e * (m * k + r * (k + n)))
