@@ -1,0 +1,30 @@
+"""Tools to test ops against: error budgets, inputs, oracles, poisoned allocations."""
+
+from __future__ import annotations
+
+from lora_kernels.testing.budget import (
+    BudgetExceededError,
+    Margin,
+    assert_within_budget,
+)
+from lora_kernels.testing.inputs import LAYOUTS, LoraLinearInputs, lora_linear_inputs, relayout
+from lora_kernels.testing.oracle import (
+    LoraLinearResults,
+    lora_linear_results,
+    yardstick,
+)
+from lora_kernels.testing.poison import poisoned_empty
+
+__all__ = [
+    "LAYOUTS",
+    "BudgetExceededError",
+    "LoraLinearInputs",
+    "LoraLinearResults",
+    "Margin",
+    "assert_within_budget",
+    "lora_linear_inputs",
+    "lora_linear_results",
+    "poisoned_empty",
+    "relayout",
+    "yardstick",
+]

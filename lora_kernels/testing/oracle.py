@@ -1,0 +1,91 @@
+"""Results of lora_linear by its plain formula under autograd, in a dtype of choice.
+
+In fp64 this is the oracle, in the compute dtype the yardstick of what plain PyTorch gives. The
+gradients come from autograd, so they also check the hand-derived ones of reference.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_kernels.ops._philox import keep_mask, keep_scale
+from lora_kernels.testing.inputs import LoraLinearInputs
+
+
+@dataclass(frozen=True)
+class LoraLinearResults:
+    """Outputs and every gradient; lists have one entry per group member."""
+
+    ys: list[Tensor]
+    dx: Tensor
+    dws: list[Tensor]
+    das: list[Tensor]
+    dbs: list[Tensor]
+    dbiases: list[Tensor | None]
+
+    def named(self) -> dict[str, Tensor]:
+        """Flat view, ``{"dx": ..., "y[0]": ..., "da[0]": ...}``."""
+        flat = {"dx": self.dx}
+        for stem, tensors in (
+            ("y", self.ys), ("dw", self.dws), ("da", self.das), ("db", self.dbs),
+            ("dbias", self.dbiases),
+        ):  # fmt: skip
+            flat |= {f"{stem}[{g}]": t for g, t in enumerate(tensors) if t is not None}
+        return flat
+
+
+def _mm_nt(a: Tensor, b: Tensor, reverse: bool) -> Tensor:
+    """a b^T; reversed in all three axes so that its gradients are summed in reverse as well."""
+    return (a.flip(0, 1) @ b.flip(0, 1).t()).flip(0, 1) if reverse else a @ b.t()
+
+
+def lora_linear_results(
+    inputs: LoraLinearInputs, dtype: torch.dtype, *, reverse: bool = False
+) -> LoraLinearResults:
+    """Every operand converted to `dtype`, then the formula and its gradients.
+
+    `reverse` takes every sum in reverse order: the yardstick for fp64 inputs, where the plain
+    one would equal the oracle and leave no room for another order of summation.
+    """
+    i = inputs
+    rows = i.x.shape[:-1].numel()
+
+    def leaf(t: Tensor) -> Tensor:
+        return t.detach().to(dtype).clone().requires_grad_()
+
+    x = leaf(i.x)
+    ws, las, lbs = ([leaf(t) for t in ts] for ts in (i.weights, i.lora_as, i.lora_bs))
+    biases = [None if b is None else leaf(b) for b in i.biases]
+    flat = x.reshape(rows, x.shape[-1])
+    ys = []
+    for g, (w, a, b, bias) in enumerate(zip(ws, las, lbs, biases, strict=True)):
+        dropped = flat
+        if i.dropout_p > 0.0:
+            seed = torch.tensor(i.seed, device=x.device)
+            mask = keep_mask(seed, rows, x.shape[-1], i.dropout_p, g)
+            dropped = flat * mask.to(dtype) * keep_scale(i.dropout_p)
+        update = _mm_nt(_mm_nt(dropped, a, reverse), b, reverse)
+        y = _mm_nt(flat, w, reverse) + i.scalings[g] * update
+        y = y if bias is None else y + bias
+        ys.append(y.view(*i.x.shape[:-1], w.shape[0]))
+    leaves = [x, *ws, *las, *lbs, *(b for b in biases if b is not None)]
+    grads = list(torch.autograd.grad(ys, leaves, [dy.to(dtype) for dy in i.dys]))
+    n = len(ws)
+    dx, dws, das, dbs = grads[0], grads[1 : n + 1], grads[n + 1 : 2 * n + 1], grads[2 * n + 1 :]
+    bias_grads = iter(dbs[n:])
+    return LoraLinearResults(
+        ys=[y.detach() for y in ys],
+        dx=dx,
+        dws=dws,
+        das=das,
+        dbs=dbs[:n],
+        dbiases=[None if b is None else next(bias_grads) for b in biases],
+    )
+
+
+def yardstick(inputs: LoraLinearInputs) -> LoraLinearResults:
+    """What plain PyTorch gives in the dtype of x: the `low_precision` of the budget."""
+    return lora_linear_results(inputs, inputs.x.dtype, reverse=inputs.x.dtype == torch.float64)
