@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from lora_kernels.testing.budget import (
-    BudgetExceededError,
-    Margin,
-    assert_within_budget,
-)
+from lora_kernels.testing.budget import BudgetExceededError, Margin, assert_within_budget
+from lora_kernels.testing.check import check_lora_linear, compare, lora_linear_op
 from lora_kernels.testing.inputs import LAYOUTS, LoraLinearInputs, lora_linear_inputs, relayout
-from lora_kernels.testing.oracle import (
-    LoraLinearResults,
-    lora_linear_results,
-    yardstick,
-)
+from lora_kernels.testing.oracle import LoraLinearResults, lora_linear_results, yardstick
 from lora_kernels.testing.poison import poisoned_empty
 
 __all__ = [
@@ -22,7 +15,10 @@ __all__ = [
     "LoraLinearResults",
     "Margin",
     "assert_within_budget",
+    "check_lora_linear",
+    "compare",
     "lora_linear_inputs",
+    "lora_linear_op",
     "lora_linear_results",
     "poisoned_empty",
     "relayout",

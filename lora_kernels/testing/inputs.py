@@ -13,27 +13,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Around a slice lie large numbers: whoever reads them gives a wrong result. They are finite
+# because torch's own bf16 GEMM on the CPU reads past the end of a row and multiplies by zero.
+PADDING = 3e4
 LAYOUTS = ("contiguous", "sliced", "strided", "permuted", "misaligned")
 
 
-def relayout(t: Tensor, layout: str) -> Tensor:
+def relayout(t: Tensor, layout: str, padding: float = PADDING) -> Tensor:
     """The same values in other strides.
 
     ``sliced`` rows of a wider buffer; ``strided`` every second element; ``permuted`` the last
-    two axes swapped in storage; ``misaligned`` one element after an aligned address.
+    two axes swapped in storage; ``misaligned`` one element after an aligned address. The
+    memory around the values holds `padding`.
     """
     if layout == "contiguous" or t.dim() == 0:
         return t.contiguous()
     if layout == "sliced":
-        view = t.new_full((*t.shape[:-1], t.shape[-1] + 5), float("nan"))[..., 3:-2]
+        view = t.new_full((*t.shape[:-1], t.shape[-1] + 5), padding)[..., 3:-2]
     elif layout == "strided":
-        view = t.new_full((*t.shape[:-1], 2 * t.shape[-1]), float("nan"))[..., ::2]
+        view = t.new_full((*t.shape[:-1], 2 * t.shape[-1]), padding)[..., ::2]
     elif layout == "permuted":
         if t.dim() < 2:
             return t.contiguous()
         return t.transpose(-1, -2).contiguous().transpose(-1, -2)
     elif layout == "misaligned":
-        view = t.new_full((t.numel() + 1,), float("nan"))[1:].view(t.shape)
+        view = t.new_full((t.numel() + 1,), padding)[1:].view(t.shape)
     else:
         raise ValueError(f"layout={layout!r} is unknown; accepted: {', '.join(LAYOUTS)}")
     return view.copy_(t)
@@ -53,15 +57,15 @@ class LoraLinearInputs:
     seed: int | None
     dys: list[Tensor]
 
-    def with_layout(self, layout: str) -> LoraLinearInputs:
+    def with_layout(self, layout: str, padding: float = PADDING) -> LoraLinearInputs:
         """The same values, every tensor in another layout."""
 
         def move(ts: Sequence[Any]) -> list[Any]:
-            return [None if t is None else relayout(t, layout) for t in ts]
+            return [None if t is None else relayout(t, layout, padding) for t in ts]
 
         return replace(
             self,
-            x=relayout(self.x, layout),
+            x=relayout(self.x, layout, padding),
             weights=move(self.weights),
             lora_as=move(self.lora_as),
             lora_bs=move(self.lora_bs),
