@@ -1,0 +1,190 @@
+"""Turn the LoRA layers of a built model into fused ones, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+from peft.tuners.lora.layer import Linear, LoraLayer
+from torch import nn
+
+from lora_kernels.errors import InvalidArgumentError, StrictFallbackError
+from lora_kernels.integrations.peft import eligibility
+from lora_kernels.integrations.peft.fallback import warn_once
+from lora_kernels.integrations.peft.linear import FusedLoraLinear
+from lora_kernels.integrations.peft.report import ApplyReport
+from lora_kernels.modules.report import FUSED, STOCK, LayerReport
+from lora_kernels.ops import _dispatch, explain
+
+_ROWS = 1024  # of the problem for which the report names a backend
+
+
+def apply(model: nn.Module) -> ApplyReport:
+    """Let every LoRA linear of `model` that can be fused run fused.
+
+    Works on a model that is already built: by ``get_peft_model``, ``PeftModel.from_pretrained``
+    or the adapter methods of transformers, trained or not. Only the class of a layer changes:
+    parameters, state dict, saved adapters, merging, adapter switching and wrapping (DDP, FSDP2)
+    are untouched. Calling it again looks at the model anew, which is needed only after layers
+    were added or when a layer that was stock has become fusable. Double backward and forward-mode
+    differentiation through a fused layer are not available.
+
+    ``LORA_KERNELS_DISABLE=apply`` (or ``lora_linear``) leaves every layer stock.
+
+    Returns:
+        The :class:`ApplyReport`; a model without LoRA layers gives an empty one.
+
+    Raises:
+        InvalidArgumentError: `model` is not a torch.nn.Module.
+        StrictFallbackError: ``LORA_KERNELS_STRICT=1`` and a layer would be stock; nothing changed.
+        BackendUnavailableError: ``LORA_KERNELS_BACKEND`` names a backend that cannot run a layer.
+    """
+    return _apply(model)[0]
+
+
+def unapply(model: nn.Module) -> int:
+    """Give every fused layer of `model` its PEFT class back.
+
+    Returns:
+        How many layers changed; 0 when none was fused.
+
+    Raises:
+        InvalidArgumentError: `model` is not a torch.nn.Module.
+    """
+    return sum(_swap(module, FusedLoraLinear, Linear) for module in _checked(model).modules())
+
+
+@contextmanager
+def applied(model: nn.Module) -> Iterator[ApplyReport]:
+    """``with applied(model) as report:`` fused inside; the layers that it changed return after.
+
+    Raises:
+        As :func:`apply`.
+    """
+    report, changed = _apply(model)
+    try:
+        yield report
+    finally:
+        for module in changed:
+            _swap(module, FusedLoraLinear, Linear)
+
+
+def _checked(model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise InvalidArgumentError(
+            f"model is a {type(model).__name__}; accepted: torch.nn.Module (a PEFT model)"
+        )
+    return model
+
+
+def _apply(model: nn.Module) -> tuple[ApplyReport, list[nn.Module]]:
+    layers: list[tuple[str, Any]] = [
+        (n, m) for n, m in _checked(model).named_modules() if isinstance(m, LoraLayer)
+    ]
+    sharded = any("FSDPModule" in (c.__name__ for c in type(m).__mro__) for m in model.modules())
+    entries, convertible = [], []
+    for name, layer in layers:
+        reason, able = _look_at(layer, sharded)
+        entries.append(
+            LayerReport(name, STOCK, reason)
+            if reason
+            else LayerReport(name, FUSED, backend=_backend(layer))
+        )
+        convertible.append(able)
+    report = ApplyReport(entries)
+    _announce(report)
+    changed = []
+    for (_, layer), able in zip(layers, convertible, strict=True):
+        if able and _swap(layer, Linear, FusedLoraLinear):
+            changed.append(layer)
+        elif not able:
+            _swap(layer, FusedLoraLinear, Linear)
+    return report, changed
+
+
+def _look_at(layer: LoraLayer, sharded: bool) -> tuple[str, bool]:
+    """(why a call of the layer as it is now would be stock, whether to convert it).
+
+    A layer of which only another adapter than the active one can be fused is converted too:
+    what a call runs is decided on the call.
+    """
+    if _dispatch.disabled("lora_linear", "apply"):
+        return "disabled by LORA_KERNELS_DISABLE", False
+    if _plain_class(type(layer)) not in (Linear, FusedLoraLinear):
+        name = eligibility.qualified_name(type(layer))
+        if isinstance(layer, Linear):
+            return f"{name} is a subclass of lora.Linear that may compute something else", False
+        return f"{name} has no fused path", False
+    assert isinstance(layer, Linear)
+    if "forward" in layer.__dict__:
+        return "the layer has a forward of its own on the instance", False
+    reasons = {adapter: _adapter_reason(layer, adapter, sharded) for adapter in layer.lora_A}
+    if not reasons:
+        return "the layer has no adapter", False
+    able = "" in reasons.values()
+    active = [adapter for adapter in layer.active_adapters if adapter in reasons]
+    if len(active) > 1:
+        return "several adapters are active", able
+    return reasons[active[0]] if active else ("" if able else next(iter(reasons.values()))), able
+
+
+def _adapter_reason(layer: Linear, adapter: str, sharded: bool) -> str:
+    parts = eligibility.parts_of(layer, adapter)
+    reason = eligibility.layer_reason(layer, adapter, parts)
+    if reason:
+        return reason
+    named = eligibility.named_parameters(parts)
+    if sharded:  # FSDP2 has gathered the shards by the time of a call, which checks again
+        named = [(n, t) for n, t in named if type(t).__name__ != "DTensor"]
+    return eligibility.parameters_reason(named) if named else ""
+
+
+def _backend(layer: Any) -> str:
+    weight, adapter = layer.base_layer.weight, next(iter(layer.r))
+    problem = explain(
+        "lora_linear", M=_ROWS, K=layer.in_features, N=layer.out_features, rank=layer.r[adapter],
+        dtype=weight.dtype, weight_dtype=weight.dtype, device=weight.device.type,
+    )  # fmt: skip
+    return str(problem["backend"])
+
+
+def _announce(report: ApplyReport) -> None:
+    """One warning per reason; in strict mode the first reason raises."""
+    names: dict[str, list[str]] = {}
+    for entry in report.stock:
+        names.setdefault(entry.reason, []).append(entry.name)
+    for reason, stock in names.items():
+        which = f"{len(stock)} of {len(report.layers)} LoRA layers stay stock ({stock[0]}"
+        which += ", ...)" if len(stock) > 1 else ")"
+        if _dispatch.strict():
+            raise StrictFallbackError(f"{which}: {reason}; unset LORA_KERNELS_STRICT to allow it")
+        warn_once(reason, f"{which}: {reason}")
+
+
+def _plain_class(cls: type) -> type:
+    """The class that fully_shard made its subclass from, when a layer is wrapped by itself."""
+    if cls.__name__.startswith("FSDP") and cls.__bases__[0].__name__ == "FSDPModule":
+        return cls.__bases__[-1]
+    return cls
+
+
+def _swap(module: nn.Module, old: type[Linear], new: type[Linear]) -> bool:
+    """Change the class of a module of exactly class `old`; False for any other."""
+    cls = type(module)
+    if _plain_class(cls) is not old:
+        return False
+    for key, value in module.__dict__.items():
+        # accelerate keeps the method it wraps on the instance; it has to follow the class
+        if getattr(value, "__func__", None) is old.forward:
+            module.__dict__[key] = MethodType(new.forward, module)
+    if cls is old:
+        module.__class__ = new
+    else:
+        module.__class__ = type(
+            f"FSDP{new.__name__}",
+            (*cls.__bases__[:-1], new),
+            {k: v for k, v in cls.__dict__.items() if k == "__deepcopy__"},
+        )
+    return True

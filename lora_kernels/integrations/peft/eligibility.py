@@ -1,0 +1,165 @@
+"""Whether a ``peft.tuners.lora.layer.Linear`` can take the fused path, and if not, why.
+
+`layer_reason` looks at modules: asked by `apply` for each layer, and again on every call because
+a hook or another adapter may have arrived since. `tensor_reason` looks at the tensors of one
+call. An empty string means that the fused path gives what PEFT's forward would have given.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora.layer import Linear
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+from transformers.pytorch_utils import Conv1D
+
+_BASES = (nn.Linear, Conv1D)
+_DROPOUTS = (nn.Dropout, nn.Identity)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DEVICES = ("cpu", "cuda", "meta")
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)
+
+
+class Parts(NamedTuple):
+    """The modules that one adapter's forward would call."""
+
+    base: Any
+    lora_a: Any
+    lora_b: Any
+    dropout: Any
+
+
+def parts_of(layer: Linear, adapter: str) -> Parts:
+    # Attribute access on a module costs more than all checks on it together.
+    modules: Any = layer._modules
+    return Parts(
+        modules["base_layer"],
+        modules["lora_A"]._modules[adapter],
+        modules["lora_B"]._modules[adapter],
+        modules["lora_dropout"]._modules[adapter],
+    )
+
+
+def named_parameters(parts: Parts) -> list[tuple[str, Tensor]]:
+    named = [
+        ("base_layer.weight", parts.base.weight),
+        ("lora_A.weight", parts.lora_a.weight),
+        ("lora_B.weight", parts.lora_b.weight),
+    ]
+    for name, bias in (("base_layer.bias", parts.base.bias), ("lora_B.bias", parts.lora_b.bias)):
+        if bias is not None:
+            named.append((name, bias))
+    return named
+
+
+def qualified_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def layer_reason(layer: Linear, adapter: str, parts: Parts) -> str:
+    """Why `adapter` of this layer cannot be fused, from the modules alone; "" when it can."""
+    if adapter in layer.lora_variant:
+        kind = "DoRA" if layer.use_dora.get(adapter) else "a LoRA variant"
+        return f"the adapter is {kind} ({type(layer.lora_variant[adapter]).__name__})"
+    base, lora_a, lora_b, dropout = parts
+    if type(base) not in _BASES:
+        return f"base_layer is {qualified_name(type(base))}, not torch.nn.Linear"
+    if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
+        odd = type(lora_b if type(lora_a) is nn.Linear else lora_a)
+        return f"lora_A or lora_B is {qualified_name(odd)}, not torch.nn.Linear"
+    if type(dropout) not in _DROPOUTS:
+        return f"lora_dropout is {qualified_name(type(dropout))}, not torch.nn.Dropout"
+    if type(dropout) is nn.Dropout and dropout.inplace:
+        return "lora_dropout works in place"
+    if lora_a.bias is not None:
+        return "lora_A has a bias"
+    if base.__dict__.get("_hf_tp_plan") is not None:
+        return "base_layer is tensor parallel"
+    scaling = layer.scaling[adapter]
+    if type(scaling) not in (float, int):
+        return f"scaling is a {type(scaling).__name__}, not a number"
+    if not torch.compiler.is_compiling() and not math.isfinite(scaling):
+        return f"scaling is {scaling}"
+    for role, module in zip(Parts._fields, parts, strict=True):
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+        ):
+            return f"{_ROLES[role]} has hooks, which run only when it is called"
+        if "forward" in module.__dict__:
+            return f"{_ROLES[role]} has a forward of its own on the instance"
+    return ""
+
+
+_ROLES = {"base": "base_layer", "lora_a": "lora_A", "lora_b": "lora_B", "dropout": "lora_dropout"}
+
+
+def mode_reason() -> str:
+    """Why nothing can be fused in the interpreter state of this moment."""
+    if (
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    ):
+        return "global module hooks are registered"
+    if torch.compiler.is_compiling():
+        return "torch.export keeps library ops only" if torch.compiler.is_exporting() else ""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "inside a torch.func transform"
+    if forward_ad._current_level >= 0:
+        return "inside forward-mode differentiation"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace records library ops only"
+    return ""
+
+
+def parameters_reason(named: list[tuple[str, Tensor]]) -> str:
+    """Why these weights cannot be read as plain tensors of one device."""
+    device = named[0][1].device
+    if device.type not in _DEVICES:
+        return f"the device type {device.type} has no fused kernels"
+    for name, t in named:
+        if type(t) not in _PLAIN:
+            return f"{name} is a {qualified_name(type(t))}, not a plain tensor"
+        if hasattr(t, "ds_id"):
+            return f"{name} is partitioned by DeepSpeed ZeRO-3"
+        if t.dtype not in _DTYPES:
+            return f"{name} is {t.dtype}"
+        if t.device != device:
+            return f"{name} is on {t.device.type} but base_layer.weight is on {device.type}"
+    return ""
+
+
+def tensor_reason(layer: Linear, x: Any, named: list[tuple[str, Tensor]]) -> str:
+    """Why this input and these parameters cannot be fused; "" when they can."""
+    if type(x) not in _PLAIN or x.is_nested or x.layout is not torch.strided:
+        return f"the input is a {qualified_name(type(x))} that is not a plain dense tensor"
+    reason = parameters_reason(named)
+    if reason:
+        return reason
+    weight, lora_a, lora_b = named[0][1], named[1][1], named[2][1]
+    if x.device != weight.device:
+        return f"the input is on {x.device.type} but the weights are on {weight.device.type}"
+    if weight.dim() != 2 or lora_a.dim() != 2 or lora_b.dim() != 2:
+        return "the weights are sharded and not gathered"
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        if dtype not in _DTYPES or torch.float64 in (dtype, *(t.dtype for _, t in named)):
+            return f"autocast does not convert all of {dtype} inputs and {weight.dtype} weights"
+        return ""
+    for name, t in named:
+        if t.dtype != dtype and name.startswith("base_layer"):
+            return f"the input is {dtype} but {name} is {t.dtype}"
+        if t.dtype != lora_a.dtype and name.startswith("lora_B"):
+            return f"lora_A.weight is {lora_a.dtype} but {name} is {t.dtype}"
+    if lora_a.dtype != dtype and not layer.cast_input_dtype_enabled:
+        return f"the input is {dtype}, lora_A.weight {lora_a.dtype}, and casting is turned off"
+    return ""

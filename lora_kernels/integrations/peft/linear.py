@@ -1,0 +1,78 @@
+"""PEFT's LoRA linear with one fused op in place of three linears, a product and a sum."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.lora.layer import VARIANT_KWARG_KEYS, Linear
+from torch import Tensor, nn
+
+from lora_kernels.integrations.peft import eligibility
+from lora_kernels.integrations.peft.eligibility import Parts, parts_of
+from lora_kernels.integrations.peft.fallback import call_falls_back
+from lora_kernels.ops import lora_linear
+
+# Keywords that PEFT's hooks add. The offsets of activated LoRA concern adapters that are variants,
+# and these are never fused.
+_NEUTRAL = ("adapter_names", *VARIANT_KWARG_KEYS)
+
+
+class FusedLoraLinear(Linear):
+    """``peft.tuners.lora.layer.Linear`` with another forward and nothing else.
+
+    Adds no state: modules become this class and return by assignment of ``__class__``, and state
+    dicts, checkpoints, merging and adapter management are PEFT's. Everything that forward depends
+    on (active adapter, scaling, dropout, hooks, dtypes) is read on every call.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x ``[..., in_features]`` -> ``[..., out_features]``, in the dtype PEFT would give.
+
+        Calls that the op does not cover run PEFT's forward, after one warning per reason.
+
+        Raises:
+            StrictFallbackError: such a call under ``LORA_KERNELS_STRICT=1``.
+        """
+        adapter, reason = _adapter_of_call(self, args, kwargs)
+        if adapter:
+            parts = parts_of(self, adapter)
+            reason = (
+                eligibility.layer_reason(self, adapter, parts)
+                or eligibility.mode_reason()
+                or eligibility.tensor_reason(self, x, eligibility.named_parameters(parts))
+            )
+            if not reason:
+                return _fused(x, parts, self.scaling[adapter])
+        if reason:
+            call_falls_back(reason)
+        return Linear.forward(self, x, *args, **kwargs)  # not super(): see conversion._swap
+
+
+def _adapter_of_call(
+    layer: Linear, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[str, str]:
+    """(adapter to consider, reason not to); both empty when only the base layer has to run."""
+    if layer.disable_adapters or layer.merged:
+        return "", ""
+    if kwargs.get("adapter_names") is not None:
+        return "", "a mixed batch names an adapter per sample (adapter_names)"
+    if args or any(key not in _NEUTRAL for key in kwargs):
+        return "", "the call has arguments beside the input"
+    here = layer.lora_A
+    names = [name for name in layer.active_adapters if name in here]
+    if len(names) > 1:
+        return "", "several adapters are active"
+    return names[0] if names else "", ""
+
+
+def _fused(x: Tensor, parts: Parts, scaling: float) -> Tensor:
+    base, lora_a, lora_b, dropout = parts
+    weight = base.weight if type(base) is nn.Linear else base.weight.t()  # Conv1D keeps [in, out]
+    bias = base.bias
+    if lora_b.bias is not None:
+        update = lora_b.bias * scaling
+        bias = update if bias is None else bias + update
+    return lora_linear(
+        x, weight, lora_a.weight, lora_b.weight, scaling, bias=bias,
+        dropout_p=dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
+    )  # fmt: skip
