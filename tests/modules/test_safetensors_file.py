@@ -136,7 +136,7 @@ BROKEN = {
         "'a' is defined twice",
     ),
     "duplicate field": (
-        header({}, b"\0", raw=b'{"a":{"dtype":"U8","dtype":"I8","shape":[1],"data_offsets":[0,1]}}'),
+        header({}, b"\0", raw=b'{"a":{"dtype":"U8","dtype":"U8","shape":[],"data_offsets":[0,1]}}'),
         "'dtype' is defined twice",
     ),
     "entry is a list": (header({"a": []}), "not an object"),

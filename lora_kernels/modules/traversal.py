@@ -1,0 +1,56 @@
+"""Finding layers in a model, under the names that PEFT and state dicts use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from lora_kernels.errors import InvalidArgumentError
+from lora_kernels.modules.lora_linear import LoRALinear
+
+# Attributes through which wrappers hold the wrapped module; not part of a layer's name.
+_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile, DataParallel and DistributedDataParallel."""
+    if not isinstance(model, nn.Module):
+        raise InvalidArgumentError(f"model is a {type(model).__name__}; accepted: torch.nn.Module")
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._modules["_orig_mod"]  # type: ignore[assignment]
+        else:
+            return model
+
+
+def named_modules(model: nn.Module, duplicates: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """(name without wrappers, module); a module that is reached twice comes twice."""
+    for name, module in model.named_modules(remove_duplicate=not duplicates):
+        yield ".".join(part for part in name.split(".") if part not in _WRAPPERS), module
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Every LoRALinear once, under its first name."""
+    found = named_modules(unwrap(model), duplicates=False)
+    return {name: module for name, module in found if isinstance(module, LoRALinear)}
+
+
+def require_lora_layers(model: nn.Module, instead: str) -> dict[str, LoRALinear]:
+    """:func:`lora_layers`, or an error when there is none or the model is PEFT's."""
+    refuse_peft(model, instead)
+    layers = lora_layers(model)
+    if not layers:
+        raise InvalidArgumentError(
+            "the model has no LoRALinear layer; call lora_kernels.replace_modules(model) first"
+        )
+    return layers
+
+
+def refuse_peft(model: nn.Module, instead: str) -> None:
+    """Raise for a model that PEFT has wrapped, naming what to call `instead`."""
+    for module in unwrap(model).modules():
+        if type(module).__module__.split(".")[0] == "peft":
+            raise InvalidArgumentError(f"the model has PEFT layers; use {instead}")
