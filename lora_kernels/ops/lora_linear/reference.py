@@ -65,7 +65,7 @@ def lora_linear_bwd(
     need_db: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """dX [M, K], dAs in the dtype of A, dBs in the dtype of B; what is not needed is empty."""
-    dx = torch.zeros_like(x) if need_dx else x.new_empty(0)
+    dx = x.new_zeros(x.shape) if need_dx else x.new_empty(0)
     das, dbs, column = [], [], 0
     for g, (dy, w, a, b, scaling) in enumerate(
         zip(dys, weights, lora_as, lora_bs, scalings, strict=True)
