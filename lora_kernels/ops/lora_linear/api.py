@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops import _dispatch
-from lora_kernels.ops.lora_linear import validate
+from lora_kernels.ops.lora_linear import contract, validate
 from lora_kernels.ops.lora_linear.autograd import LoraLinearFunction
 
 
@@ -91,12 +91,32 @@ def grouped_lora_linear(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     name = _dispatch.requested_backend(backend)
     rows = x.reshape(-1, x.shape[-1])
+    seed = validate.make_seed(seed, dropout_p, x.device)
+    run_time_scalings = None
+    if torch.compiler.is_compiling():
+        if x.device.type == "cpu":
+            run_time_scalings = _scaling_tensor(scalings)
+            scalings = (1.0,) * len(weights)
+        tensors = (x, *weights, *lora_as, *lora_bs, *biases)
+        if not any(t is not None and t.requires_grad for t in tensors):
+            # Dynamo mistakes the arguments of an autograd.Function that nothing differentiates.
+            ys, _ = contract.fwd(
+                rows, list(weights), list(lora_as), list(lora_bs), biases, list(scalings),
+                float(dropout_p), seed, name, run_time_scalings,
+            )  # fmt: skip
+            return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
     outputs = LoraLinearFunction.apply(
         rows,
-        validate.make_seed(seed, dropout_p, x.device),
+        seed,
         tuple(scalings),
         float(dropout_p),
         name,
+        run_time_scalings,
         *weights, *lora_as, *lora_bs, *biases,
     )  # fmt: skip
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs[:-1]]
+
+
+def _scaling_tensor(scalings: Sequence[float]) -> Tensor:
+    """[n] fp64 on the CPU. Products of ones: the form that keeps a traced float symbolic."""
+    return torch.stack([torch.ones((), dtype=torch.float64) * s for s in scalings])

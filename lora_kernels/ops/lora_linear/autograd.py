@@ -16,7 +16,8 @@ from lora_kernels.ops.lora_linear import contract
 
 
 class LoraLinearFunction(torch.autograd.Function):
-    """(x, seed, scalings, dropout_p, backend, *weights, *lora_as, *lora_bs, *biases) -> (*ys, S)."""
+    """(x, seed, scalings, dropout_p, backend, run_time_scalings, *weights, *lora_as, *lora_bs,
+    *biases) -> (*ys, S)."""
 
     @staticmethod
     def forward(
@@ -25,46 +26,47 @@ class LoraLinearFunction(torch.autograd.Function):
         scalings: tuple[float, ...],
         dropout_p: float,
         backend: str,
+        run_time_scalings: Tensor | None,
         *flat: Tensor | None,
     ) -> tuple[Tensor, ...]:
         n = len(scalings)
         ys, s = contract.fwd(
             x, list(flat[:n]), list(flat[n : 2 * n]), list(flat[2 * n : 3 * n]),
-            list(flat[3 * n :]), list(scalings), dropout_p, seed, backend,
+            list(flat[3 * n :]), list(scalings), dropout_p, seed, backend, run_time_scalings,
         )  # fmt: skip
         return (*ys, s)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, seed, scalings, dropout_p, backend, *flat = inputs
+        x, seed, scalings, dropout_p, backend, run_time_scalings, *flat = inputs
         n = len(scalings)
         s = output[-1]
         ctx.mark_non_differentiable(s)
-        ctx.save_for_backward(x, s, seed, *flat[: 3 * n])
+        ctx.save_for_backward(x, s, seed, run_time_scalings, *flat[: 3 * n])
         ctx.scalings, ctx.dropout_p, ctx.backend = scalings, dropout_p, backend
         ctx.bias_dtypes = [None if b is None else b.dtype for b in flat[3 * n :]]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, s, seed, *flat = ctx.saved_tensors
+        x, s, seed, run_time_scalings, *flat = ctx.saved_tensors
         n = len(ctx.scalings)
         weights, lora_as, lora_bs = flat[:n], flat[n : 2 * n], flat[2 * n :]
         needs = ctx.needs_input_grad
-        need_w, need_a, need_b, need_bias = (needs[5 + i * n : 5 + (i + 1) * n] for i in range(4))
+        need_w, need_a, need_b, need_bias = (needs[6 + i * n : 6 + (i + 1) * n] for i in range(4))
         dys = [g if g.dtype == x.dtype else g.to(x.dtype) for g in grads[:n]]
         dx, das, dbs = None, [], []
         if needs[0] or any(need_a) or any(need_b):
             dx, das, dbs = contract.bwd(
                 dys, x, weights, lora_as, lora_bs, s, list(ctx.scalings), ctx.dropout_p, seed,
-                needs[0], any(need_a), any(need_b), ctx.backend,
+                needs[0], any(need_a), any(need_b), ctx.backend, run_time_scalings,
             )  # fmt: skip
         dws = [(dy.t() @ x).to(w.dtype) if need else None
                for dy, w, need in zip(dys, weights, need_w, strict=True)]  # fmt: skip
         dbiases = [dy.sum(0, dtype=d) if need else None
                    for dy, d, need in zip(dys, ctx.bias_dtypes, need_bias, strict=True)]  # fmt: skip
         return (
-            dx if needs[0] else None, None, None, None, None,
+            dx if needs[0] else None, None, None, None, None, None,
             *dws,
             *(d if need else None for d, need in zip(das or [None] * n, need_a, strict=True)),
             *(d if need else None for d, need in zip(dbs or [None] * n, need_b, strict=True)),

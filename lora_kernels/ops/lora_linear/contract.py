@@ -3,6 +3,9 @@
 One pair serves the single and the grouped form (lists of one or more members that share x) and
 every backend: `backend` is a schema argument and is resolved on real tensors. The pair is
 deliberately not differentiable; autograd.py wraps it. Everything here is 2-D.
+
+torch.compile makes a constant of every float argument, so a changed scaling would compile again.
+`run_time_scalings`, fp64 on the CPU, takes the place of `scalings` where that matters.
 """
 
 from __future__ import annotations
@@ -18,14 +21,14 @@ from lora_kernels.ops.lora_linear.problem import LoraLinearProblem, choose
 _library = torch.library.Library("lora_kernels", "FRAGMENT")
 _library.define(
     "lora_linear_fwd(Tensor x, Tensor[] weights, Tensor[] lora_as, Tensor[] lora_bs, "
-    "Tensor?[] biases, float[] scalings, float dropout_p, Tensor? seed, str backend) "
-    "-> (Tensor[] ys, Tensor s)"
+    "Tensor?[] biases, float[] scalings, float dropout_p, Tensor? seed, str backend, "
+    "Tensor? run_time_scalings=None) -> (Tensor[] ys, Tensor s)"
 )
 _library.define(
     "lora_linear_bwd(Tensor[] dys, Tensor x, Tensor[] weights, Tensor[] lora_as, "
     "Tensor[] lora_bs, Tensor s, float[] scalings, float dropout_p, Tensor? seed, "
-    "bool need_dx, bool need_da, bool need_db, str backend) "
-    "-> (Tensor dx, Tensor[] das, Tensor[] dbs)"
+    "bool need_dx, bool need_da, bool need_db, str backend, "
+    "Tensor? run_time_scalings=None) -> (Tensor dx, Tensor[] das, Tensor[] dbs)"
 )
 
 
@@ -48,9 +51,12 @@ def _fwd(
     dropout_p: float,
     seed: Tensor | None,
     backend: str,
+    run_time_scalings: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     if x.shape[0] == 0:
         return _fwd_fake(x, weights, lora_as, lora_bs, biases, scalings, dropout_p, seed, backend)
+    if run_time_scalings is not None:
+        scalings = run_time_scalings.tolist()
     launcher = _launcher(x, weights, lora_as, dropout_p, backend)
     # The caller has settled every dtype; an autocast region must not change the inner GEMMs.
     with torch.autocast(x.device.type, enabled=False):
@@ -73,6 +79,7 @@ def _bwd(
     need_da: bool,
     need_db: bool,
     backend: str,
+    run_time_scalings: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     if x.shape[0] == 0:
         return (
@@ -82,6 +89,8 @@ def _bwd(
             [a.new_zeros(a.shape) for a in lora_as] if need_da else [],
             [b.new_zeros(b.shape) for b in lora_bs] if need_db else [],
         )
+    if run_time_scalings is not None:
+        scalings = run_time_scalings.tolist()
     launcher = _launcher(x, weights, lora_as, dropout_p, backend)
     with torch.autocast(x.device.type, enabled=False):
         return launcher.lora_linear_bwd(
@@ -100,6 +109,7 @@ def _fwd_fake(
     dropout_p: float,
     seed: Tensor | None,
     backend: str,
+    run_time_scalings: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     ys = [x.new_empty(x.shape[0], w.shape[0]) for w in weights]
     return ys, x.new_empty(x.shape[0], sum(a.shape[0] for a in lora_as))
@@ -119,6 +129,7 @@ def _bwd_fake(
     need_da: bool,
     need_db: bool,
     backend: str,
+    run_time_scalings: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     return (
         x.new_empty(x.shape) if need_dx else x.new_empty(0),
