@@ -1,6 +1,7 @@
 """Results of lora_linear by its plain formula under autograd, in a dtype of choice.
 
-In fp64 this is the oracle, in the compute dtype what plain PyTorch gives. The gradients come from autograd, so they also check the hand-derived ones of reference.py.
+In fp64 this is the oracle, in the compute dtype what plain PyTorch gives. The gradients
+come from autograd, so they also check the hand-derived ones of reference.py.
 """
 
 from __future__ import annotations
