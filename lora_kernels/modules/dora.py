@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def adapted_weight(layer: LoRALinear, weight: Tensor) -> Tensor:
-    """W + s B A [N, K] in fp32, or in fp64 when W or the adapter is."""
+def adapted_weight(layer: LoRALinear, weight: Tensor, sign: float = 1.0) -> Tensor:
+    """W + sign s B A [N, K] in fp32, or in fp64 when W or the adapter is."""
     dtype = torch.promote_types(
         torch.promote_types(weight.dtype, layer.lora_A.dtype), torch.float32
     )
     # Autocast would do the product in its own dtype; it knows no meta device.
     with nullcontext() if weight.is_meta else torch.autocast(weight.device.type, enabled=False):
         a, b = layer.lora_A.to(dtype), layer.lora_B.to(dtype)
-        return torch.addmm(weight.to(dtype), b, a, alpha=layer.scaling)
+        return torch.addmm(weight.to(dtype), b, a, alpha=sign * layer.scaling)
 
 
 def weight_norm(layer: LoRALinear) -> Tensor:

@@ -21,7 +21,13 @@ from lora_kernels.modules.targets import (
     matcher,
     output_head,
 )
-from lora_kernels.modules.traversal import named_modules, refuse_peft, unwrap
+from lora_kernels.modules.traversal import (
+    adapter_parameters,
+    named_modules,
+    refuse_peft,
+    tied_outside,
+    unwrap,
+)
 from lora_kernels.ops import explain
 
 # The backend column of the report is asked for a batch of this many rows.
@@ -105,6 +111,11 @@ def find_saved_modules(model: nn.Module, names: Sequence[str]) -> dict[str, nn.M
         if any(isinstance(inner, LoRALinear) for m in hits.values() for inner in m.modules()):
             raise InvalidArgumentError(f"modules_to_save: {wanted!r} already has an adapter")
         found |= hits
+    tied = tied_outside(model, list(found.values()))
+    if tied:
+        raise InvalidArgumentError(
+            f"modules_to_save: {tied[0]!r} is tied to {tied[1]!r}; untie them first"
+        )
     return found
 
 
@@ -221,9 +232,8 @@ def _freeze_all_but_adapters(model: nn.Module) -> None:
     for module in model.modules():
         if getattr(module, "saved_with_adapter", False):
             wanted |= {id(p) for p in module.parameters()}
-        elif isinstance(module, LoRALinear):
-            adapter = (module.lora_A, module.lora_B, module.lora_magnitude_vector)
-            wanted |= {id(p) for p in adapter if p is not None}
+        else:
+            wanted |= {id(p) for p in adapter_parameters(module)}
     for parameter in model.parameters():
         if parameter.is_floating_point() or parameter.is_complex():
             parameter.requires_grad_(id(parameter) in wanted)

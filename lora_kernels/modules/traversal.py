@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_kernels.errors import InvalidArgumentError
 from lora_kernels.modules.lora_linear import LoRALinear
@@ -54,3 +55,47 @@ def refuse_peft(model: nn.Module, instead: str) -> None:
     for module in unwrap(model).modules():
         if type(module).__module__.split(".")[0] == "peft":
             raise InvalidArgumentError(f"the model has PEFT layers; use {instead}")
+
+
+def adapter_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The adapter's parameters of a LoRALinear; none for another module."""
+    if not isinstance(module, LoRALinear):
+        return []
+    candidates = (module.lora_A, module.lora_B, module.lora_magnitude_vector)
+    return [p for p in candidates if p is not None]
+
+
+class Owner(NamedTuple):
+    """One place in a model that holds a parameter or buffer."""
+
+    name: str
+    module: nn.Module
+
+
+def memory(tensor: Tensor) -> object:
+    """Equal for tensors that are one: same first byte, same number of elements."""
+    if type(tensor.data) is not Tensor or tensor.is_meta:
+        return id(tensor)
+    return tensor.device, tensor.data_ptr(), tensor.numel()
+
+
+def tensor_owners(model: nn.Module) -> dict[object, list[Owner]]:
+    """:func:`memory` of every parameter and buffer -> the modules that hold it."""
+    owners: dict[object, list[Owner]] = {}
+    for prefix, module in named_modules(model, duplicates=False):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and tensor.numel() > 0:
+                full = f"{prefix}.{name}" if prefix else name
+                owners.setdefault(memory(tensor), []).append(Owner(full, module))
+    return owners
+
+
+def tied_outside(model: nn.Module, inside: Sequence[nn.Module]) -> tuple[str, str] | None:
+    """(name inside, name outside) of a tensor that `inside` shares with the rest of the model."""
+    members = {id(m) for module in inside for m in module.modules()}
+    for owners in tensor_owners(model).values():
+        within = [o.name for o in owners if id(o.module) in members]
+        outside = [o.name for o in owners if id(o.module) not in members]
+        if within and outside:
+            return within[0], outside[0]
+    return None

@@ -1,0 +1,119 @@
+"""Fold adapters into the weights and take them out again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.errors import InvalidArgumentError
+from lora_kernels.modules import dora
+from lora_kernels.modules.lora_linear import LoRALinear
+from lora_kernels.modules.traversal import memory, require_lora_layers, tensor_owners, unwrap
+
+_ORIGINAL, _RATIO = "original", "magnitude_ratio"
+
+
+@torch.no_grad()
+def merge(model: nn.Module, *, exact: bool = False, safe: bool = True) -> list[str]:
+    """Fold every adapter into its layer's weight, which then costs nothing extra to run.
+
+    W becomes W + scaling B A (with DoRA, rescaled to the magnitudes), computed in fp32, or in
+    fp64 where W or the adapter is, and rounded once to the dtype of W. The adapter's parameters
+    stay; a merged layer ignores them, in training too, until :func:`unmerge`.
+
+    Args:
+        exact: keep a CPU copy of each W, so that unmerge restores it bit for bit. The copy is not
+            part of the state dict. Without it unmerge subtracts, which is exact to rounding only.
+        safe: compute everything once before the first write and refuse a result with NaN or
+            infinity. Costs a second computation.
+
+    Returns:
+        Names of the layers that were merged now; layers that already were are left alone.
+
+    Raises:
+        InvalidArgumentError: a PEFT model, no LoRALinear, a weight that another module shares or
+            that is sharded or on the meta device, or with `safe` a result that is not finite. The
+            model is unchanged.
+    """
+    layers = {n: m for n, m in _checked_layers(model, "merge_adapter()").items() if not m.merged}
+    _check_weights(model, layers)
+    if safe:
+        for name, layer in layers.items():
+            _check_finite(name, _merged_weight(layer), "merging")
+    for layer in layers.values():
+        state = {_ORIGINAL: layer.weight.detach().to("cpu", copy=True)} if exact else {}
+        if layer.dora and not exact:
+            state[_RATIO] = dora.magnitude_ratio(layer)
+        # copy_ moves the version counter of W, by which packed copies notice the change.
+        layer.weight.copy_(_merged_weight(layer))
+        layer._unmerge_state = state
+        layer.merged = True
+    return list(layers)
+
+
+@torch.no_grad()
+def unmerge(model: nn.Module) -> list[str]:
+    """Undo :func:`merge`: restore the kept copies, or subtract scaling B A where none was kept.
+
+    The subtraction uses the adapter as it is now, so do not change it while it is merged.
+
+    Returns:
+        Names of the layers that were unmerged; layers that were not merged are left alone.
+
+    Raises:
+        InvalidArgumentError: a PEFT model, no LoRALinear, or a weight that cannot be recovered
+            (DoRA with a magnitude of zero: merge with exact=True); the model is unchanged.
+    """
+    layers = {n: m for n, m in _checked_layers(model, "unmerge_adapter()").items() if m.merged}
+    for name, layer in layers.items():
+        if _ORIGINAL not in layer._unmerge_state:
+            _check_finite(name, _unmerged_weight(layer), "unmerging")
+    for layer in layers.values():
+        layer.weight.copy_(_unmerged_weight(layer))
+        layer._unmerge_state = {}
+        layer.merged = False
+    return list(layers)
+
+
+def _checked_layers(model: nn.Module, peft_method: str) -> dict[str, LoRALinear]:
+    return require_lora_layers(model, f"its own {peft_method}")
+
+
+def _check_weights(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
+    owners = tensor_owners(unwrap(model))
+    for name, layer in layers.items():
+        if layer.weight.is_meta or type(layer.weight.data) is not Tensor:
+            kind = "on the meta device" if layer.weight.is_meta else "sharded"
+            raise InvalidArgumentError(f"layer {name!r} cannot be merged: its weight is {kind}")
+        other = next(
+            (o.name for o in owners.get(memory(layer.weight), []) if o.module is not layer), None
+        )
+        if other is not None:
+            raise InvalidArgumentError(
+                f"layer {name!r} cannot be merged: its weight is tied to {other!r}, which would "
+                "change, too; untie them first"
+            )
+
+
+def _merged_weight(layer: LoRALinear) -> Tensor:
+    weight = dora.adapted_weight(layer, layer.weight)
+    if layer.dora:
+        weight *= dora.magnitude_ratio(layer)[:, None]
+    return weight.to(layer.weight.dtype)
+
+
+def _unmerged_weight(layer: LoRALinear) -> Tensor:
+    state = layer._unmerge_state
+    if _ORIGINAL in state:
+        return state[_ORIGINAL]
+    weight = layer.weight
+    if _RATIO in state:
+        weight = weight / state[_RATIO].to(weight.device)[:, None]
+    return dora.adapted_weight(layer, weight, sign=-1.0).to(layer.weight.dtype)
+
+
+def _check_finite(name: str, weight: Tensor, doing: str) -> None:
+    if not torch.isfinite(weight).all():
+        raise InvalidArgumentError(
+            f"{doing} layer {name!r} would give a weight with NaN or infinity; nothing was changed"
+        )
