@@ -85,7 +85,11 @@ def grouped_lora_linear(
     )
     for scaling in scalings:
         validate.check_scaling(scaling)
-    autocast = isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type)
+    autocast = (
+        isinstance(x, Tensor)
+        and x.device.type != "meta"
+        and torch.is_autocast_enabled(x.device.type)
+    )
     validate.check_tensors(x, weights, lora_as, lora_bs, biases, autocast)
     if autocast and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))

@@ -26,8 +26,8 @@ def _shape(t: Tensor) -> str:
 
 
 def check_dropout(dropout_p: float) -> None:
-    if not 0.0 <= dropout_p <= 1.0:
-        _fail(f"dropout_p={dropout_p} is out of range; accepted: 0 to 1")
+    if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0:
+        _fail(f"dropout_p={dropout_p!r} is not a probability; accepted: 0 to 1")
 
 
 def check_lengths(**lists: Sequence[object]) -> None:
@@ -69,7 +69,8 @@ def check_tensors(
             )
         if w.dim() != 2 or w.shape[1] != k:
             _fail(
-                f"weight{tag} has shape {_shape(w)}; accepted: [out_features, {k}] for x {_shape(x)}"
+                f"weight{tag} has shape {_shape(w)}; accepted: [out_features, {k}] "
+                f"for x {_shape(x)}"
             )
         if a.dim() != 2 or a.shape[1] != k or a.shape[0] < 1:
             _fail(f"lora_a{tag} has shape {_shape(a)}; accepted: [r >= 1, {k}] for x {_shape(x)}")
@@ -85,8 +86,14 @@ def check_tensors(
 def check_scaling(scaling: float) -> None:
     if isinstance(scaling, Tensor):
         _fail("scaling is a tensor; accepted: a finite number")
-    if not torch.compiler.is_compiling() and not math.isfinite(scaling):
-        _fail(f"scaling={scaling} is not finite; accepted: a finite number")
+    if torch.compiler.is_compiling():
+        return  # a traced float has no value yet
+    try:
+        finite = math.isfinite(scaling)
+    except TypeError:
+        finite = False
+    if not finite:
+        _fail(f"scaling={scaling!r} is not usable; accepted: a finite number")
 
 
 def make_seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
