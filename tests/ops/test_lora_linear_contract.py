@@ -208,3 +208,10 @@ def test_export_keeps_the_op():
     targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
     assert FWD in targets
     assert torch.equal(program.module()(i.x), Layer()(i.x))
+
+
+def test_meta_tensors_give_shapes():
+    i = lora_linear_inputs((2, 9), 40, 50, 8, torch.bfloat16)
+    meta = [t.to("meta") for t in (i.x, i.weights[0], i.lora_as[0], i.lora_bs[0])]
+    y = lora_linear(*meta, 0.7)
+    assert (y.shape, y.dtype, y.device.type) == ((2, 9, 50), torch.bfloat16, "meta")
