@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+
+from peft_models import Calls
+
+from lora_kernels.integrations.peft import fallback, linear
+
+
+@pytest.fixture
+def fused_calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    calls, op = Calls(), linear.lora_linear
+
+    def counted(*args: object, **kwargs: object) -> torch.Tensor:
+        calls.count += 1
+        return op(*args, **kwargs)
+
+    monkeypatch.setattr(linear, "lora_linear", counted)
+    return calls
+
+
+@pytest.fixture(autouse=True)
+def fresh_warnings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Warnings are given once per process; each test starts anew, in the default environment."""
+    monkeypatch.setattr(fallback, "_warned", set())
+    for name in ("STRICT", "DISABLE", "BACKEND"):
+        monkeypatch.delenv(f"LORA_KERNELS_{name}", raising=False)
+    torch.manual_seed(0)
+    yield
