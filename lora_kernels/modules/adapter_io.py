@@ -17,7 +17,7 @@ from lora_kernels.modules.adapter_describe import describe, warn_about_unsaved
 from lora_kernels.modules.adapter_match import Match, match
 from lora_kernels.modules.adapter_tensors import PREFIX, of_layer, sort_tensors, whole
 from lora_kernels.modules.atomic_write import write_files
-from lora_kernels.modules.eligibility import check_adapter_dtype
+from lora_kernels.modules.eligibility import check_dtype
 from lora_kernels.modules.lora_linear import LoRALinear
 from lora_kernels.modules.replace import backend_for, find_saved_modules, install
 from lora_kernels.modules.report import FUSED, LayerReport, Report
@@ -123,7 +123,7 @@ def load_adapter(
         InvalidArgumentError: a PEFT model, or one whose adapter is merged.
     """
     refuse_peft(model, "its own load_adapter(directory, name)")
-    check_adapter_dtype(adapter_dtype)
+    check_dtype(adapter_dtype, "adapter_dtype")
     model = unwrap(model)
     folder = Path(directory)
     config = adapter_config.parse(_read(folder / CONFIG), folder / CONFIG)

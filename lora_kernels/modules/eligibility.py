@@ -49,9 +49,9 @@ def check_hyperparameters(r: object, alpha: object, dropout: object) -> None:
         raise InvalidArgumentError(f"dropout={dropout!r}; accepted: a number from 0 to 1")
 
 
-def check_adapter_dtype(dtype: object) -> None:
+def check_dtype(dtype: object, argument: str) -> None:
     if dtype is not None and dtype not in DTYPES:
-        raise InvalidArgumentError(f"adapter_dtype={dtype!r}; accepted: None, {_DTYPE_NAMES}")
+        raise InvalidArgumentError(f"{argument}={dtype!r}; accepted: None, {_DTYPE_NAMES}")
 
 
 def _is_number(value: object) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_kernels.errors import InvalidArgumentError
 from lora_kernels.modules import dora as dora_composition
-from lora_kernels.modules.eligibility import check_adapter_dtype, check_hyperparameters, obstacle
+from lora_kernels.modules.eligibility import check_dtype, check_hyperparameters, obstacle
 from lora_kernels.ops import lora_linear
 
 
@@ -74,7 +74,8 @@ class LoRALinear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_hyperparameters(r, alpha, dropout)
-        check_adapter_dtype(adapter_dtype)
+        check_dtype(adapter_dtype, "adapter_dtype")
+        check_dtype(dtype, "dtype")
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.r, self.alpha, self.dropout = r, alpha, float(dropout)
         self.rslora, self.dora = bool(rslora), bool(dora)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lora_kernels.errors import InvalidArgumentError
-from lora_kernels.modules.eligibility import check_adapter_dtype, check_hyperparameters, obstacle
+from lora_kernels.modules.eligibility import check_dtype, check_hyperparameters, obstacle
 from lora_kernels.modules.encoder_fast_path import disable_where_adapted
 from lora_kernels.modules.lora_linear import LoRALinear
 from lora_kernels.modules.report import FUSED, STOCK, LayerReport, Report
@@ -76,7 +76,7 @@ def replace_modules(
     if quant is not None:
         raise InvalidArgumentError(f"quant={quant!r}; accepted: None (no quantized weights)")
     check_hyperparameters(r, alpha, dropout)
-    check_adapter_dtype(adapter_dtype)
+    check_dtype(adapter_dtype, "adapter_dtype")
     model = unwrap(model)
     refuse_peft(model, "lora_kernels.apply(model)")
     saved = find_saved_modules(model, modules_to_save)
