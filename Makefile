@@ -1,0 +1,74 @@
+# Two commands for a fresh machine with Python >= 3.10, g++ and make:
+#   make demo     fine-tune a real model, with these kernels and with stock PEFT
+#   make test     the tests
+# Both create .venv and build the package first. Stamps in .venv make a second call quick.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+NATIVE := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: help setup demo test test-all lint format bench peft-suite clean
+
+help:
+	@echo "make demo        fine-tune a BERT encoder on BBC news; results in runs/demo"
+	@echo "make test        tests that need no GPU and a few minutes"
+	@echo "make test-all    the slow tests as well"
+	@echo "make lint        ruff and mypy"
+	@echo "make format      let ruff rewrite the files"
+	@echo "make bench       benchmark of lora_linear on the CPU"
+	@echo "make peft-suite  PEFT's own tests, stock and fused"
+	@echo "make clean       remove .venv and everything built"
+
+setup: $(STAMPS)/built
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$(PYTHON) is too old; Python >= 3.10 is needed: make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/torch: requirements/torch.txt $(STAMPS)/venv
+	$(BIN)/python -m pip install --quiet -r requirements/torch.txt
+	@touch $@
+
+$(STAMPS)/packages: requirements/build.txt requirements/dev.txt requirements/demo.txt $(STAMPS)/torch
+	$(BIN)/python -m pip install --quiet -r requirements/build.txt -r requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements/demo.txt
+	@touch $@
+
+$(STAMPS)/built: $(NATIVE) $(STAMPS)/packages
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: setup
+	$(BIN)/lora-kernels train examples/bbc_news.yaml
+	$(BIN)/lora-kernels predict runs/demo "The striker scored twice in the final minutes of the cup match."
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-all: setup
+	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+lint: $(STAMPS)/packages
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMPS)/packages
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python -m benchmarks.run --op lora_linear --device cpu
+
+peft-suite: setup
+	PATH="$(abspath $(BIN)):$$PATH" tools/run_peft_suite.sh
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find lora_kernels -name '*.so' -delete

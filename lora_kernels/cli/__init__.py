@@ -1,0 +1,68 @@
+"""The `lora-kernels` command. Sub-commands are files here; each imports what it needs late."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from lora_kernels._version import __version__
+from lora_kernels.cli import env_command, predict_command, train_command
+from lora_kernels.errors import LoraKernelsError
+
+_COMMANDS = (train_command, predict_command, env_command)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: words after the program's name; None takes the process's own.
+
+    Returns:
+        0, 1 where `env` finds something broken, 2 after an error that the message explains, 130
+        after an interrupt.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except LoraKernelsError as e:
+        print(f"lora-kernels: error: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as e:
+        missing = (e.name or "").partition(".")[0]
+        if missing in ("", "lora_kernels"):
+            raise
+        print(
+            f"lora-kernels: error: {missing} is not installed; pip install 'lora-kernels[train]'",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("lora-kernels: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe (head, less) went away. Python flushes stdout once more at exit.
+        sys.stdout = None
+        return 141
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lora-kernels",
+        description="Train and run low-rank adapters on fused kernels.",
+        epilog="Each command explains itself: lora-kernels train --help",
+    )
+    parser.add_argument("--version", action="version", version=f"lora-kernels {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        sub = commands.add_parser(
+            command.NAME,
+            help=command.SUMMARY,
+            description=command.DESCRIPTION,
+            epilog=command.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_arguments(sub)
+        sub.set_defaults(run=command.run)
+    return parser

@@ -1,0 +1,95 @@
+"""`lora-kernels env`, also `python -m lora_kernels`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+NAME = "env"
+SUMMARY = "what runs on this machine, and why not the rest"
+DESCRIPTION = """\
+Lists every op and backend with the reason where one is not available, runs a small self-check of
+each available backend against an fp64 reference, and shows versions, build, CPU, GPU and the
+environment variables that are set. Exit code 1 when something that should work does not."""
+EXAMPLES = """\
+examples:
+  lora-kernels env
+  lora-kernels env --json > environment.json"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="as JSON, for scripts and bug reports")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from lora_kernels.environment import env
+
+    facts = env()
+    print(json.dumps(facts, indent=2) if arguments.json else as_text(facts))
+    return 1 if facts["problems"] else 0
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """The dictionary of :func:`lora_kernels.env` as aligned lines."""
+    cpu, native, system = facts["cpu"], facts["native"], facts["platform"]
+    general = [
+        ("lora_kernels", facts["lora_kernels"]),
+        ("folder", system["folder"]),
+        ("python", system["python"]),
+        ("system", system["system"]),
+        ("cpu", f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads used"),
+        ("cpu units", " ".join(cpu["units"]) or "none of avx2, avx512, amx"),
+        ("gpu", _gpu(facts["gpu"])),
+        ("native module", _native(native)),
+    ]
+    sections = [_table(general)]
+    for op, answer in facts["ops"].items():
+        rows = [("backend", "available", "self-check", "note")]
+        rows += [
+            (name, "yes" if b["available"] else "no", b["self_check"] or "-", b["reason"])
+            for name, b in answer["backends"].items()
+        ]
+        choices = [
+            (f"auto, {dtype}", f"{choice['backend']}: {choice['reason']}")
+            for dtype, choice in answer["auto"].items()
+        ]
+        sections.append(f"{op}\n{_table(rows, '  ')}\n{_table(choices, '  ')}")
+    packages = [(n, v or "not installed") for n, v in facts["packages"].items()]
+    sections.append("packages\n" + _table(packages, "  "))
+    variables: list[Sequence[str]] = list(facts["environment"].items())
+    none = [["no LORA_KERNELS_* variable is set"]]
+    sections.append("environment\n" + _table(variables or none, "  "))
+    if facts["problems"]:
+        sections.append("BROKEN\n" + "\n".join(f"  {line}" for line in facts["problems"]))
+    else:
+        sections.append("everything that is available works")
+    return "\n\n".join(sections)
+
+
+def _gpu(gpu: dict[str, Any]) -> str:
+    if not gpu["devices"]:
+        return f"none: {gpu['reason']}"
+    return "; ".join(
+        f"{d['name']}, {d['capability']}, {d['bytes'] / 2**30:.0f} GiB" for d in gpu["devices"]
+    )
+
+
+def _native(native: dict[str, Any]) -> str:
+    if not native["loads"]:
+        return native["reason"]
+    build = ", ".join(f"{key} {value}" for key, value in native["build"].items())
+    isa = native["isa"]
+    return f"loaded; {isa['used']} of {', '.join(isa['machine'])}; built with {build}"
+
+
+def _table(rows: Iterable[Sequence[str]], indent: str = "") -> str:
+    """Columns padded to their widest cell, the last one left as it is."""
+    rows = [tuple(row) for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=True)]
+        lines.append((indent + "  ".join([*cells, row[-1]])).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,40 @@
+"""A small run of every op on a backend against the fp64 oracle: seconds, not a test suite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# Shapes that `auto` is asked about: a layer of a mid-sized model, 2048 tokens.
+TYPICAL: dict[str, dict[str, dict[str, Any]]] = {
+    "lora_linear": {
+        dtype: {"M": 2048, "K": 2048, "N": 2048, "rank": 16, "dtype": dtype}
+        for dtype in ("float32", "bfloat16")
+    },
+}
+
+
+def self_check(op: str, backend: str) -> str:
+    """``ok``, or what went wrong in one line."""
+    try:
+        _CHECKS[op](backend)
+    except Exception as e:
+        return " ".join(f"{type(e).__name__}: {e}".split())
+    return "ok"
+
+
+def _lora_linear(backend: str) -> None:
+    from lora_kernels.testing import check_lora_linear, lora_linear_inputs
+
+    for dtype in (torch.float32, torch.bfloat16):
+        # Odd sizes reach the edges of every tile; dropout reaches the counter.
+        for dropout_p in (0.0, 0.25):
+            inputs = lora_linear_inputs(
+                M=70, K=96, N=(80, 33), rank=(8, 5), dtype=dtype, dropout_p=dropout_p
+            )
+            check_lora_linear(inputs, backend)
+
+
+_CHECKS: dict[str, Callable[[str], None]] = {"lora_linear": _lora_linear}

@@ -1,0 +1,92 @@
+"""The whole job: data in, adapter and report out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_kernels.training.atomic import MARKER, check_output, staged_folder
+from lora_kernels.training.config import Config
+from lora_kernels.training.config_reader import read_config
+from lora_kernels.training.references import model_path
+from lora_kernels.training.result import Result
+from lora_kernels.training.tasks import task_class
+
+ADAPTER = "adapter"
+SAVED = "lora_kernels.json"
+
+
+def finetune(
+    config: Config | Mapping[str, Any] | str | Path,
+    overrides: Iterable[str] = (),
+    *,
+    quiet: bool = False,
+) -> Result:
+    """Fine-tunes a model as `config` says and writes ``config.output``.
+
+    The folder holds ``adapter/`` (PEFT's format, the head included, plus ``lora_kernels.json``
+    with what prediction needs), ``report.json``, ``report.md`` and ``loss.png``. It appears when
+    everything is done; a run that fails leaves no trace.
+
+    Args:
+        config: a Config, nested dictionaries, or the path of a YAML file.
+        overrides: ``"section.key=value"`` texts, applied last.
+        quiet: no progress bars and notes on stderr.
+
+    Returns:
+        The report, the curves and where they lie; prints as a table.
+
+    Raises:
+        ConfigError: the configuration, the model or the output folder cannot be used.
+        DataError: the data cannot be read or hold nothing to learn from.
+    """
+    config = read_config(config, overrides)
+    output = Path(config.output).expanduser()
+    check_output(output)
+    task = task_class(config.task).from_config(config)
+    model_path("model", config.model)
+
+    # transformers, peft and matplotlib load here: mistakes above are told at once.
+    from lora_kernels.training.loss_plot import draw_losses
+    from lora_kernels.training.one_run import train_once
+    from lora_kernels.training.precision import resolve_precision
+    from lora_kernels.training.quiet import cpu_threads, quiet_libraries
+    from lora_kernels.training.report import make_report, markdown
+
+    precision, why = resolve_precision(config.precision)
+    if not quiet:
+        sizes = ", ".join(f"{count} {name}" for name, count in task.sizes.items())
+        for line in (*task.notes, sizes, f"{precision}: {why}"):
+            print(line, file=sys.stderr)
+    with staged_folder(output) as stage, cpu_threads(config.threads), quiet_libraries():
+        scratch, adapter = stage / "trainer", stage / ADAPTER
+        run = train_once(
+            config, task, precision, kernels=config.kernels, folder=scratch, save_to=adapter,
+            quiet=quiet,
+        )  # fmt: skip
+        stock = None
+        if config.compare_stock:
+            stock = train_once(
+                config, task, precision, kernels=False, folder=scratch, save_to=None, quiet=quiet
+            )
+        scratch.rmdir()
+        saved = {
+            "task": task.name,
+            "model": config.model,
+            "tokenizer": config.model,
+            "precision": precision,
+            **task.to_saved(),
+        }
+        report = make_report(config, task, precision, run, stock)
+        _write_json(adapter / SAVED, saved)
+        (stage / "report.md").write_text(markdown(report), encoding="utf-8")
+        draw_losses(stage / "loss.png", report)
+        _write_json(stage / MARKER, report)
+    return Result(output, report)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
