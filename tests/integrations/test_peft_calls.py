@@ -13,6 +13,8 @@ from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora.layer import Linear
 from peft_models import Calls, layer, lora_config, mlp
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import lora_kernels as lk
 
@@ -224,3 +226,23 @@ def test_replaced_weights_are_read_anew(fused_calls: Calls) -> None:
             parameter.copy_(weights[name])
     assert torch.equal(swapped, other(x))
     assert fused_calls.take() == 2
+
+
+def test_meta_and_fake_tensors_get_shapes(fused_calls: Calls) -> None:
+    model = mlp()
+    lk.apply(model)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert model(torch.randn(3, 20)).shape == (3, 11)
+    assert fused_calls.take() == 3
+    model.to("meta")
+    assert model(torch.randn(3, 20, device="meta")).shape == (3, 11)
+
+
+def test_flop_counter_sees_what_it_sees_in_peft() -> None:
+    model, x, totals = mlp(), torch.randn(3, 20), []
+    for change in (lk.unapply, lk.apply):
+        change(model)
+        with FlopCounterMode(display=False) as counter:
+            model(x)
+        totals.append(counter.get_total_flops())
+    assert totals[0] == totals[1] > 0

@@ -35,17 +35,22 @@ class _Recorder:
         return sum(op in str(node.target) for body in bodies for node in body.graph.nodes)
 
 
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize(
+    "family",
+    ["gpt2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("llama", "bert", "t5"))],
+)
 def test_fullgraph(family: str) -> None:
     case = CASES[family]
     model, inputs = case.peft_model(), case.inputs()
-    reference, stock = as_fp64(model)(**inputs).loss, model(**inputs).loss
+    if family != "t5":  # which makes the decoder's input of them
+        del inputs["labels"]
+    reference, stock = as_fp64(model)(**inputs).logits, model(**inputs).logits
     lk.apply(model)
     recorder = _Recorder()
-    fused = torch.compile(model, fullgraph=True, backend=recorder)(**inputs).loss
+    fused = torch.compile(model, fullgraph=True, backend=recorder)(**inputs).logits
     assert len(recorder.graphs) == 1
     assert recorder.count("lora_linear_fwd") == case.layers
-    assert_within_budget(fused, reference, stock, "loss")
+    assert_within_budget(fused, reference, stock, "logits")
 
 
 def _gradients(call: nn.Module, owner: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -67,7 +72,6 @@ def test_gradients_of_a_dynamic_number_of_rows() -> None:
         assert got.keys() == want.keys()
         for name, value in got.items():
             assert_within_budget(value, want[name], low[name], name)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
 
 
 def test_new_scaling_is_seen() -> None:

@@ -151,7 +151,8 @@ def tensor_reason(layer: Linear, x: Any, named: list[tuple[str, Tensor]]) -> str
     if weight.dim() != 2 or lora_a.dim() != 2 or lora_b.dim() != 2:
         return "the weights are sharded and not gathered"
     dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
+    # Autocast does not know the device type meta and raises for it.
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         if dtype not in _DTYPES or torch.float64 in (dtype, *(t.dtype for _, t in named)):
             return f"autocast does not convert all of {dtype} inputs and {weight.dtype} weights"
         return ""
