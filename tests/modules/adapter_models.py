@@ -82,12 +82,17 @@ def adapted_net(**options):
     return base, strengthen(model)
 
 
+def bits(tensor):
+    """A copy in which NaN equals itself."""
+    return tensor.detach().clone().reshape(-1).view(torch.uint8)
+
+
 def state(model):
     """Everything that an error must leave alone."""
     return (
         {name: id(m) for name, m in model.named_modules(remove_duplicate=False)},
         {n: (id(p), p.requires_grad, p._version) for n, p in model.named_parameters()},
-        {name: t.clone() for name, t in model.state_dict().items()},
+        {name: bits(t) for name, t in model.state_dict().items()},
         [(m.alpha, m.rslora, m.merged) for m in model.modules() if isinstance(m, lk.LoRALinear)],
         [vars(m).get("saved_with_adapter") for m in model.modules()],
     )
