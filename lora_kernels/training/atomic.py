@@ -47,12 +47,18 @@ def staged_folder(target: Path) -> Iterator[Path]:
     stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         yield stage
-        umask = os.umask(0)
-        os.umask(umask)
-        stage.chmod(0o777 & ~umask)
+        _open_up(stage)
         _swap(stage, target)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _open_up(stage: Path) -> None:
+    """Modes as files made in the usual way have: temporary files are private to their owner."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (stage, *stage.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def _swap(stage: Path, target: Path) -> None:

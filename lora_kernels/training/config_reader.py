@@ -201,3 +201,5 @@ def _check_together(config: Config) -> None:
         raise ConfigError(
             "train.epochs=0 and train.max_steps <= 0 train nothing; give one of them a value"
         )
+    if config.compare_stock and not config.kernels:
+        raise ConfigError("compare_stock=True needs kernels=True, or both runs would be stock PEFT")

@@ -51,6 +51,7 @@ def finetune(
 
     # transformers, peft and matplotlib load here: mistakes above are told at once.
     from lora_kernels.training.loss_plot import draw_losses
+    from lora_kernels.training.model_card import model_card
     from lora_kernels.training.one_run import train_once
     from lora_kernels.training.precision import resolve_precision
     from lora_kernels.training.quiet import cpu_threads, quiet_libraries
@@ -82,6 +83,7 @@ def finetune(
         }
         report = make_report(config, task, precision, run, stock)
         _write_json(adapter / SAVED, saved)
+        (adapter / "README.md").write_text(model_card(report), encoding="utf-8")
         (stage / "report.md").write_text(markdown(report), encoding="utf-8")
         draw_losses(stage / "loss.png", report)
         _write_json(stage / MARKER, report)

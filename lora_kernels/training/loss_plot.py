@@ -34,7 +34,7 @@ def draw_losses(path: Path, report: dict[str, Any]) -> None:
             axes.plot(steps, losses, marker, color=color, markersize=8, label=f"{name}, validation")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("cross-entropy loss")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 * axes.dataLim.y1)
     axes.set_title(f"{report['model']} on {report['dataset']}", fontsize=10)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
