@@ -67,6 +67,6 @@ def check_lora_linear(
     inputs: LoraLinearInputs, backend: str | None, needs: str = "xwabc"
 ) -> dict[str, Margin]:
     """The op against oracle and yardstick; raises BudgetExceededError, returns the margins."""
-    oracle = lora_linear_results(inputs, torch.float64)
+    oracle = lora_linear_results(inputs, torch.float64, needs=needs)
     actual = lora_linear_op(inputs, backend, needs)
-    return compare(actual, oracle, yardstick(inputs, oracle), f"{backend}: ")
+    return compare(actual, oracle, yardstick(inputs, oracle, needs), f"{backend}: ")

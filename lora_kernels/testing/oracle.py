@@ -44,21 +44,24 @@ def _mm_nt(a: Tensor, b: Tensor, reverse: bool) -> Tensor:
 
 
 def lora_linear_results(
-    inputs: LoraLinearInputs, dtype: torch.dtype, *, reverse: bool = False
+    inputs: LoraLinearInputs, dtype: torch.dtype, *, needs: str = "xwabc", reverse: bool = False
 ) -> LoraLinearResults:
     """Every operand converted to `dtype`, then the formula and its gradients.
 
+    `needs` names the operands to differentiate, as in :func:`lora_kernels.testing.lora_linear_op`;
     `reverse` takes every sum in reverse order and scales B instead of the update.
     """
     i = inputs
     rows = i.x.shape[:-1].numel()
 
-    def leaf(t: Tensor) -> Tensor:
-        return t.detach().to(dtype).clone().requires_grad_()
+    def leaf(t: Tensor, key: str) -> Tensor:
+        return t.detach().to(dtype).clone().requires_grad_(key in needs)
 
-    x = leaf(i.x)
-    ws, las, lbs = ([leaf(t) for t in ts] for ts in (i.weights, i.lora_as, i.lora_bs))
-    biases = [None if b is None else leaf(b) for b in i.biases]
+    x = leaf(i.x, "x")
+    ws = [leaf(t, "w") for t in i.weights]
+    las = [leaf(t, "a") for t in i.lora_as]
+    lbs = [leaf(t, "b") for t in i.lora_bs]
+    biases = [None if b is None else leaf(b, "c") for b in i.biases]
     flat = x.reshape(rows, x.shape[-1])
     ys = []
     for g, (w, a, b, bias) in enumerate(zip(ws, las, lbs, biases, strict=True)):
@@ -74,22 +77,25 @@ def lora_linear_results(
         y = _mm_nt(flat, w, reverse) + update
         y = y if bias is None else y + bias
         ys.append(y.view(*i.x.shape[:-1], w.shape[0]))
-    leaves = [x, *ws, *las, *lbs, *(b for b in biases if b is not None)]
-    grads = list(torch.autograd.grad(ys, leaves, [dy.to(dtype) for dy in i.dys]))
-    n = len(ws)
-    dx, dws, das, dbs = grads[0], grads[1 : n + 1], grads[n + 1 : 2 * n + 1], grads[2 * n + 1 :]
-    bias_grads = iter(dbs[n:])
+    if needs:
+        torch.autograd.backward(ys, [dy.to(dtype) for dy in i.dys])
+
+    def grads(ts: list[Tensor]) -> list[Tensor]:
+        return [t.grad for t in ts if t.grad is not None]
+
     return LoraLinearResults(
         ys=[y.detach() for y in ys],
-        dx=dx,
-        dws=dws,
-        das=das,
-        dbs=dbs[:n],
-        dbiases=[None if b is None else next(bias_grads) for b in biases],
+        dx=i.x.new_empty(0) if x.grad is None else x.grad,
+        dws=grads(ws),
+        das=grads(las),
+        dbs=grads(lbs),
+        dbiases=[None if b is None else b.grad for b in biases],
     )
 
 
-def yardstick(inputs: LoraLinearInputs, oracle: LoraLinearResults) -> LoraLinearResults:
+def yardstick(
+    inputs: LoraLinearInputs, oracle: LoraLinearResults, needs: str = "xwabc"
+) -> LoraLinearResults:
     """What plain PyTorch gives in the dtype of x: the `low_precision` of the budget.
 
     Neither order of summation is the right one, so each element is the worse of two: the plain
@@ -97,7 +103,9 @@ def yardstick(inputs: LoraLinearInputs, oracle: LoraLinearResults) -> LoraLinear
     lucky rounding would otherwise leave next to no budget.
     """
     dtype = inputs.x.dtype
-    plain, reverse = (lora_linear_results(inputs, dtype, reverse=r) for r in (False, True))
+    plain, reverse = (
+        lora_linear_results(inputs, dtype, needs=needs, reverse=r) for r in (False, True)
+    )
 
     def worse(first: Tensor, second: Tensor, exact: Tensor) -> Tensor:
         farther = (first.double() - exact).abs() >= (second.double() - exact).abs()

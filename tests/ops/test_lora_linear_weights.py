@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 
 import pytest
@@ -93,13 +92,10 @@ def test_change_of_w_is_noticed(backend, require, dtype, change):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_new_weight_at_an_old_address_is_noticed(backend, require, dtype):
     require(lora_linear_inputs(70, 130, 96, 8, dtype))
-    addresses = set()
     for seed in range(12):
         i = lora_linear_inputs(70, 130, 96, 8, dtype, generator_seed=seed)
-        addresses.add(i.weights[0].data_ptr())
         check_current(i, backend)
-        del i
-        gc.collect()
+        del i  # gives the memory back, so that the next weight may get the same address
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
