@@ -108,7 +108,7 @@ def grouped_lora_linear(
                 rows, list(weights), list(lora_as), list(lora_bs), biases, list(scalings),
                 float(dropout_p), seed, name, run_time_scalings,
             )  # fmt: skip
-            return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+            return [_unflatten(y, x) for y in ys]
     outputs = LoraLinearFunction.apply(
         rows,
         seed,
@@ -118,7 +118,13 @@ def grouped_lora_linear(
         run_time_scalings,
         *weights, *lora_as, *lora_bs, *biases,
     )  # fmt: skip
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs[:-1]]
+    return [_unflatten(y, x) for y in outputs[:-1]]
+
+
+def _unflatten(y: Tensor, x: Tensor) -> Tensor:
+    """y [M, N] with the leading shape of x. Not a view to autograd, as the result of nn.Linear is
+    none: FSDP2 loses its hook on a view that is then changed in place."""
+    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
 
 
 def _scaling_tensor(scalings: Sequence[float]) -> Tensor:
