@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora_kernels as lk
+from lora_kernels.testing import assert_within_budget
 
 
 def _two_adapters() -> nn.Module:
@@ -246,3 +247,23 @@ def test_flop_counter_sees_what_it_sees_in_peft() -> None:
             model(x)
         totals.append(counter.get_total_flops())
     assert totals[0] == totals[1] > 0
+
+
+@pytest.mark.parametrize("shape", [(20,), (3, 20), (2, 3, 20)])
+def test_output_is_no_view_and_can_be_changed_in_place(shape: tuple[int, ...]) -> None:
+    model, x = mlp(), torch.randn(shape, requires_grad=True)
+    up = layer(model, "up")
+    lk.apply(model)
+    y = up(x)
+    assert y._base is None
+    y.relu_().sum().backward()
+    lk.unapply(model)
+    changed, x.grad = x.grad, None
+    up(x).relu().sum().backward()
+    assert_within_budget(changed, _input_gradient(model, x), x.grad, "dx")
+
+
+def _input_gradient(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    rows = x.detach().double().requires_grad_()
+    layer(copy.deepcopy(model).double(), "up")(rows).relu().sum().backward()
+    return rows.grad
