@@ -50,6 +50,8 @@ def finetune(
     model_path("model", config.model)
 
     # transformers, peft and matplotlib load here: mistakes above are told at once.
+    from tqdm.auto import tqdm
+
     from lora_kernels.training.loss_plot import draw_losses
     from lora_kernels.training.model_card import model_card
     from lora_kernels.training.one_run import train_once
@@ -61,7 +63,7 @@ def finetune(
     if not quiet:
         sizes = ", ".join(f"{count} {name}" for name, count in task.sizes.items())
         for line in (*task.notes, sizes, f"{precision}: {why}"):
-            print(line, file=sys.stderr)
+            tqdm.write(line, file=sys.stderr)
     with staged_folder(output) as stage, cpu_threads(config.threads), quiet_libraries():
         scratch, adapter = stage / "trainer", stage / ADAPTER
         run = train_once(
