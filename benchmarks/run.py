@@ -1,0 +1,170 @@
+"""Time lora_linear against the frozen layer and PEFT.
+
+    python -m benchmarks.run --op lora_linear --device cpu [--shapes "M,K,N;..."]
+        [--dtype bf16,fp32] [--rank 16] [--modes fwd,fwdbwd] [--providers ...]
+        [--json OUT] [--png OUT]
+
+Every provider is checked against an fp64 oracle before it is timed; the exit code is 1 when one
+of them fails, and that one gets no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import machine, memory, providers, record, report
+from benchmarks.gate import Gate
+from benchmarks.providers import BASELINE, Case, Provider, UnavailableError
+from benchmarks.timing import Timing, measure
+from lora_kernels.errors import LoraKernelsError
+from lora_kernels.ops import _registry
+from lora_kernels.testing import BudgetExceededError
+
+SHAPES = "512,2048,2048;2048,2048,2048;2048,2048,5632;1024,5632,2048;1024,576,1536;1024,1536,576"
+DTYPES = {
+    "bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16, "fp64": torch.float64,
+}  # fmt: skip
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--op", default="lora_linear", choices=["lora_linear"])
+    parser.add_argument("--device", default="cpu", choices=["cpu"])
+    parser.add_argument("--shapes", default=SHAPES, help="M,K,N;M,K,N;...")
+    parser.add_argument("--dtype", default="bf16,fp32", help=f"of {', '.join(DTYPES)}")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--modes", default="fwd,fwdbwd")
+    parser.add_argument("--providers", default=",".join(providers.DEFAULT))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        "--threads", type=int, help="intra-op threads; torch's default when left out"
+    )
+    parser.add_argument("--no-memory", action="store_true", help="skip the memory processes")
+    parser.add_argument("--json", type=Path, help="default: benchmarks/results/<device>/...")
+    parser.add_argument("--png", type=Path, help="chart; none when left out")
+    options = parser.parse_args(argv)
+    try:
+        options.shapes = [
+            tuple(int(n) for n in shape.split(",")) for shape in options.shapes.split(";") if shape
+        ]
+        if any(len(s) != 3 or min(s) < 1 for s in options.shapes):
+            raise ValueError
+    except ValueError:
+        parser.error("argument --shapes: accepted: M,K,N;M,K,N;... of positive integers")
+    for name, known in (
+        ("dtype", DTYPES), ("modes", report.MODES), ("providers", providers.LABELS),
+    ):  # fmt: skip
+        given = [v.strip() for v in getattr(options, name).split(",") if v.strip()]
+        if not given or set(given) - set(known):
+            parser.error(f"argument --{name}: accepted: {', '.join(known)}, separated by commas")
+        setattr(options, name, list(dict.fromkeys(given)))
+    if options.rank < 1 or options.rounds < 1 or not 0.0 <= options.dropout <= 1.0:
+        parser.error("--rank and --rounds must be at least 1, --dropout in 0 to 1")
+    options.providers = [BASELINE, *(p for p in options.providers if p != BASELINE)]
+    return options
+
+
+def usable(names: list[str], case: Case) -> tuple[dict[str, Provider], dict[str, str], bool]:
+    """(providers that passed the gate, reasons of the others, did one fail the gate)."""
+    gate, passed, reasons, red = Gate(), {}, {}, False
+    for name in names:
+        try:
+            provider = providers.build(name, case)
+            gate.check(provider, case)
+            passed[name] = provider
+        except UnavailableError as error:
+            reasons[name] = str(error)
+        except BudgetExceededError as error:
+            reasons[name], red = f"WRONG: {error}", True
+        except (LoraKernelsError, RuntimeError) as error:
+            reasons[name], red = f"FAILED: {str(error).splitlines()[0]}", True
+    return passed, reasons, red
+
+
+def flops(case: Case, name: str, mode: str) -> float:
+    """Of the useful arithmetic: the frozen layer has no adapter part."""
+    if name == BASELINE:
+        return 2.0 * case.M * case.K * case.N * (1 if mode == "fwd" else 2)
+    spec = _registry.find("lora_linear")
+    directions = ("fwd",) if mode == "fwd" else ("fwd", "bwd")
+    return sum(spec.flops(case.problem(), d) for d in directions)
+
+
+def row(
+    case: Case, mode: str, name: str, timing: Timing | None, skipped: str | None,
+    used: dict[str, int | None], peak: float | None,
+) -> dict[str, Any]:  # fmt: skip
+    made: dict[str, Any] = {
+        "shape": [case.M, case.K, case.N],
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "mode": mode,
+        "provider": name,
+        "skipped": skipped,
+    }
+    if timing is None:
+        return made
+    gflops = flops(case, name, mode) / timing.seconds.median / 1e9
+    return made | {
+        "median_ms": 1e3 * timing.seconds.median,
+        "iqr_ms": [1e3 * timing.seconds.q1, 1e3 * timing.seconds.q3],
+        "ratio": timing.ratio.median,
+        "ratio_iqr": [timing.ratio.q1, timing.ratio.q3],
+        "gflops": gflops,
+        "peak_share": gflops / peak if peak and case.dtype == torch.bfloat16 else None,
+        "first_call_ms": 1e3 * timing.first_call,
+        "calls_per_round": timing.calls_per_round,
+        **used,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    peak, peak_reason = machine.amx_peak()
+    result: dict[str, Any] = {
+        "schema": record.SCHEMA, "op": options.op, **machine.describe(), "rank": options.rank,
+        "dropout": options.dropout, "rounds": options.rounds,
+        "amx_peak": {"gflops": peak, "reason": peak_reason}, "rows": [],
+    }  # fmt: skip
+    print(report.subtitle(result))
+    shown = "n/a" if peak is None else f"{peak:.0f} GFLOP/s"
+    print(f"AMX bf16 peak: {shown} ({peak_reason})\n{report.HEADER}")
+    any_red = False
+    base = Case(0, 0, 0, options.rank, torch.float32, options.dropout)
+    for dtype in options.dtype:
+        for m, k, n in options.shapes:
+            case = replace(base, M=m, K=k, N=n, dtype=DTYPES[dtype])
+            passed, reasons, red = usable(options.providers, case)
+            any_red |= red
+            none: dict[str, int | None] = {"peak_bytes": None, "saved_bytes": None}
+            used = {p: none if options.no_memory else memory.in_child(p, case) for p in passed}
+            for mode in options.modes:
+                works = {p: getattr(provider, mode) for p, provider in passed.items()}
+                timings = measure(works, BASELINE, rounds=options.rounds) if works else {}
+                for name in options.providers:
+                    made = row(
+                        case, mode, name, timings.get(name), reasons.get(name),
+                        used.get(name, none), peak,
+                    )  # fmt: skip
+                    result["rows"].append(made)
+                    print(report.line(made), flush=True)
+    path = options.json or record.default_path(result)
+    record.save(path, result)
+    print(f"record: {path}")
+    if options.png:
+        report.chart(result, options.png)
+        print(f"chart: {options.png}")
+    return 1 if any_red else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
