@@ -268,4 +268,4 @@ def _by_pattern(table: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def _integral(value: float) -> float:
-    return int(value) if value == int(value) else value
+    return int(value) if value == int(value) else float(value)

@@ -62,6 +62,7 @@ def save_adapter(
             describe (DoRA on some layers only, say).
         AdapterFileError: the files cannot be written.
     """
+    folder = _folder(directory)
     layers = require_lora_layers(model, "its own save_pretrained(directory)")
     model = unwrap(model)
     if task_type is not None and task_type not in TASK_TYPES:
@@ -86,10 +87,10 @@ def save_adapter(
     def write_weights(file: BinaryIO) -> None:
         safetensors_file.write(file, tensors, {"format": "pt"})
 
-    folder = Path(directory)
+    content = config.to_json()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_files(folder, {WEIGHTS: write_weights, CONFIG: lambda f: f.write(config.to_json())})
+        write_files(folder, {WEIGHTS: write_weights, CONFIG: lambda f: f.write(content)})
     except OSError as error:
         raise AdapterFileError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
@@ -125,7 +126,7 @@ def load_adapter(
     refuse_peft(model, "its own load_adapter(directory, name)")
     check_dtype(adapter_dtype, "adapter_dtype")
     model = unwrap(model)
-    folder = Path(directory)
+    folder = _folder(directory)
     config = adapter_config.parse(_read(folder / CONFIG), folder / CONFIG)
     if not (folder / WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
         raise AdapterFileError(
@@ -160,6 +161,12 @@ def _copy(matched: Match, made: dict[nn.Linear, LoRALinear], rslora: bool) -> No
             getattr(layer, parameter_name).copy_(tensor)
     for target, tensor in matched.saved:
         target.copy_(tensor)
+
+
+def _folder(directory: object) -> Path:
+    if not isinstance(directory, (str, os.PathLike)) or "\0" in str(directory):
+        raise InvalidArgumentError(f"directory={directory!r}; accepted: the path of a folder")
+    return Path(directory)
 
 
 def _read(path: Path) -> bytes:

@@ -58,6 +58,7 @@ def match(model: nn.Module, config: AdapterConfig, tensors: AdapterTensors, path
         if config.is_target(name) is False:
             _reject(path, f"the file has layer {name!r}, which adapter_config.json does not target")
         found.layers[name] = _match_layer(name, modules[name], config, factors, path)
+    _check_shared(found, path)
     adapted = {id(entry.module) for entry in found.layers.values()}
     for name, layer in lora_layers(model).items():
         if id(layer) not in adapted:
@@ -111,6 +112,16 @@ def _match_layer(
             f"has r={module.r}, dora={module.dora}",
         )
     return LayerMatch(module, r, config.alpha_of(name), factors)
+
+
+def _check_shared(found: Match, path: object) -> None:
+    """A layer that the model reaches under two names may come twice, with one content."""
+    first: dict[int, tuple[str, LayerMatch]] = {}
+    for name, entry in found.layers.items():
+        other_name, other = first.setdefault(id(entry.module), (name, entry))
+        same = all(torch.equal(entry.factors[k], other.factors[k]) for k in entry.factors)
+        if not same or entry.alpha != other.alpha:
+            _reject(path, f"{other_name!r} and {name!r} are one layer of the model, but differ")
 
 
 def _match_saved(

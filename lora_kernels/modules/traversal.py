@@ -53,7 +53,7 @@ def require_lora_layers(model: nn.Module, instead: str) -> dict[str, LoRALinear]
 def refuse_peft(model: nn.Module, instead: str) -> None:
     """Raise for a model that PEFT has wrapped, naming what to call `instead`."""
     for module in unwrap(model).modules():
-        if type(module).__module__.split(".")[0] == "peft":
+        if any(base.__module__.split(".")[0] == "peft" for base in type(module).__mro__):
             raise InvalidArgumentError(f"the model has PEFT layers; use {instead}")
 
 

@@ -22,7 +22,7 @@ from torch import nn
 
 import lora_kernels as lk
 from lora_kernels.errors import AdapterFileError, InvalidArgumentError
-from lora_kernels.modules.safetensors_file import read_file
+from lora_kernels.modules.safetensors_file import read_file, write
 from lora_kernels.testing import assert_within_budget
 
 peft = pytest.importorskip("peft")
@@ -284,6 +284,36 @@ def test_shared_modules_are_saved_once_and_loaded_everywhere(tmp_path):
     assert_same_function(model, theirs, x)
 
 
+def test_a_shared_layer_may_come_under_both_names_but_only_with_one_content(tmp_path):
+    base = Net()
+    base.layers[1] = base.layers[0]
+    theirs = fill_peft(
+        peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, target_modules=["up"]))
+    )
+    theirs.save_pretrained(tmp_path)
+    model = copy.deepcopy(base)
+    lk.load_adapter(model, tmp_path)
+    assert_same_function(model, theirs, net_input())
+    tensors, metadata = read_file(tmp_path / "adapter_model.safetensors")
+    for key in list(tensors):
+        tensors[key.replace("layers.0", "layers.1")] = tensors[key].clone()
+
+    def rewrite():
+        with open(tmp_path / "adapter_model.safetensors", "wb") as file:
+            write(file, tensors, metadata)
+
+    rewrite()
+    twin = copy.deepcopy(base)
+    lk.load_adapter(twin, tmp_path)
+    assert torch.equal(twin(x := net_input()), model(x))
+    tensors["base_model.model.layers.1.up.lora_A.weight"] += 1
+    rewrite()
+    before = state(base)
+    with pytest.raises(AdapterFileError, match="are one layer of the model, but differ"):
+        lk.load_adapter(base, tmp_path)
+    assert_unchanged(base, before)
+
+
 def test_the_configuration(tmp_path):
     _, model = adapted_net(targets=["up", "down"], dropout=0.1)
     model.config = type("Config", (), {"_name_or_path": "some/model"})()
@@ -339,6 +369,12 @@ def test_peft_models_and_models_without_adapter_are_refused(tmp_path):
     theirs.save_pretrained(tmp_path)
     with pytest.raises(InvalidArgumentError, match=r"load_adapter\(directory, name\)"):
         lk.load_adapter(theirs, tmp_path)
+    injected = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["up"]), Net())
+    for module in injected.modules():
+        if hasattr(module, "lora_A"):
+            module.__class__ = type("Swapped", (type(module),), {"__module__": "elsewhere"})
+    with pytest.raises(InvalidArgumentError, match="PEFT"):
+        lk.replace_modules(injected)
     with pytest.raises(InvalidArgumentError, match="no LoRALinear"):
         lk.save_adapter(Net(), tmp_path)
 
@@ -376,6 +412,10 @@ def test_a_failed_save_leaves_the_old_files(failing, tmp_path, monkeypatch):
 
 def test_saving_where_a_file_is(tmp_path):
     _, model = adapted_net()
+    for bad in (None, 3, b"folder", "a\0b"):
+        for call in (lk.save_adapter, lk.load_adapter):
+            with pytest.raises(InvalidArgumentError, match="directory="):
+                call(model, bad)
     (tmp_path / "taken").write_text("")
     with pytest.raises(AdapterFileError, match="taken: cannot be written"):
         lk.save_adapter(model, tmp_path / "taken")

@@ -184,7 +184,7 @@ def test_random_corruption_reads_or_refuses_and_never_takes_what_the_package_ref
     good = encode({"a.w": torch.randn(2, 3), "b": torch.randn(4)}, {"format": "pt"})
     header_end = 8 + int.from_bytes(good[:8], "little")
     refused = 0
-    for _ in range(3000):
+    for _ in range(1500):
         data = bytearray(good)
         for _ in range(rng.choice((1, 1, 2, 4))):
             position = rng.randrange(header_end)
@@ -201,7 +201,7 @@ def test_random_corruption_reads_or_refuses_and_never_takes_what_the_package_ref
         assert ours.keys() == theirs.keys()
         for name in ours:
             assert torch.equal(bits(ours[name]), bits(theirs[name]))
-    assert refused > 1000
+    assert refused > 500
 
 
 def test_missing_file_and_folder(tmp_path):
