@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -58,24 +60,26 @@ def finetune(
     from lora_kernels.training.precision import resolve_precision
     from lora_kernels.training.quiet import cpu_threads, quiet_libraries
     from lora_kernels.training.report import make_report, markdown
+    from lora_kernels.training.stock_twin import StockTwin
 
     precision, why = resolve_precision(config.precision)
     if not quiet:
         sizes = ", ".join(f"{count} {name}" for name, count in task.sizes.items())
         for line in (*task.notes, sizes, f"{precision}: {why}"):
             tqdm.write(line, file=sys.stderr)
-    with staged_folder(output) as stage, cpu_threads(config.threads), quiet_libraries():
-        scratch, adapter = stage / "trainer", stage / ADAPTER
-        run = train_once(
-            config, task, precision, kernels=config.kernels, folder=scratch, save_to=adapter,
-            quiet=quiet,
-        )  # fmt: skip
-        stock = None
+    with (
+        staged_folder(output) as stage, tempfile.TemporaryDirectory() as temporary,
+        cpu_threads(config.threads), quiet_libraries(), ExitStack() as stack,
+    ):  # fmt: skip
+        scratch, twin = Path(temporary), None
         if config.compare_stock:
-            stock = train_once(
-                config, task, precision, kernels=False, folder=scratch, save_to=None, quiet=quiet
-            )
-        scratch.rmdir()
+            twin = stack.enter_context(StockTwin(config, precision, scratch / "twin"))
+        adapter = stage / ADAPTER
+        run = train_once(
+            config, task, precision, kernels=config.kernels, folder=scratch / "trainer",
+            save_to=adapter, quiet=quiet, turns=twin.turns if twin else None,
+        )  # fmt: skip
+        stock = twin.result() if twin else None
         saved = {
             "task": task.name,
             "model": config.model,

@@ -16,6 +16,7 @@ from lora_kernels.training.precision import base_dtype
 from lora_kernels.training.references import model_path
 from lora_kernels.training.tasks import Task
 from lora_kernels.training.trainer import LoRATrainer
+from lora_kernels.training.turns import Turns
 
 
 @dataclass
@@ -103,12 +104,14 @@ def train_once(
     folder: Path,
     save_to: Path | None,
     quiet: bool,
+    turns: Turns | None = None,
 ) -> Run:
     """Trains from the seed; two calls of a comparison differ in `kernels` and `save_to` only.
 
     Args:
         folder: the Trainer's own; nothing is left in it.
         save_to: where the adapter goes; None keeps nothing and skips the metric before training.
+        turns: shares the machine with another run, step by step.
     """
     transformers.set_seed(config.seed)
     path = model_path("model", config.model)
@@ -127,12 +130,13 @@ def train_once(
         eval_dataset=sets["validation"] or None,
         data_collator=collator,
         compute_metrics=task.compute_metrics,
+        callbacks=[turns] if turns else None,  # before the clock, so that waiting is not timed
         kernels=kernels,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(WarmUp(collator(sets["train"][: config.train.batch_size])))
     if not quiet:
-        trainer.add_callback(Progress("lora_kernels" if kernels else "stock PEFT"))
+        trainer.add_callback(Progress("both runs in turns" if turns else "training"))
 
     key = f"test_{task.metric}"
     before = trainer.evaluate(sets["test"], metric_key_prefix="test")[key] if save_to else None

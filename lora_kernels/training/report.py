@@ -21,7 +21,7 @@ def make_report(
     """What ``report.json`` holds. Keys ending in ``_stock`` are None without a comparison."""
     fused = [layer for layer in run.layers if layer["status"] == "fused"]
     # Equal numbers of equal steps: the ratio of the medians is that of typical steps, which a
-    # pause of the machine in one of the two runs does not move.
+    # pause of the machine during one of them does not move.
     speedup = median(stock.step_seconds) / median(run.step_seconds) if stock else None
     return {
         "task": task.name,
@@ -117,9 +117,10 @@ def _method(report: dict[str, Any]) -> str:
     )
     if report["speedup"] is not None:
         text += (
-            " The stock run comes second, in the same process, and has the same seed, data order, "
-            "precision, threads and untimed passes. The speed-up compares medians, which a pause "
-            "of the machine does not move."
+            " The stock run has the same seed, data order, precision, threads and untimed passes. "
+            "It lives in a second process, and the two take turns step by step: one of them "
+            "computes while the other sleeps, so both see the same machine. The speed-up is the "
+            "ratio of the median steps."
         )
     return text
 

@@ -27,7 +27,7 @@ def test_train_prints_the_table_and_what_to_do_next(
     assert "accuracy" in printed.out and "13 of 13 layers fused" in printed.out
     assert f"lora-kernels predict {tmp_path / 'r'}" in printed.out
     assert "2 classes: money (40), sport (40)" in printed.err
-    assert "lora_kernels: 100%" in printed.err
+    assert "training: 100%" in printed.err
 
 
 def test_train_json_is_the_report(
