@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,18 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def describe() -> dict[str, Any]:
+def command(module: str, arguments: list[str]) -> str:
+    """What to type for the same measurement; where its files went does not matter."""
+    kept, words = [], iter(arguments)
+    for word in words:
+        if word in ("--json", "--png"):
+            next(words, None)
+        elif not word.startswith(("--json=", "--png=")):
+            kept.append(word)
+    return shlex.join(["python", "-m", module, *kept])
+
+
+def describe(module: str, arguments: list[str]) -> dict[str, Any]:
     """Device, software and command, as the head of a result record."""
     flags = set(_cpuinfo("flags").split())
     return {
@@ -48,7 +58,7 @@ def describe() -> dict[str, Any]:
         "commit": _git("rev-parse", "--short=12", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]]),
+        "command": command(module, arguments),
     }
 
 

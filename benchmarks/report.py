@@ -45,7 +45,7 @@ def subtitle(record: dict[str, Any]) -> str:
     return (
         f"{device['name']} ({isa}, {device['threads']} threads), torch {record['torch']}, "
         f"rank {record['rank']}, dropout {record['dropout']:g}; median of "
-        f"{record['rounds']} interleaved rounds, bars: quartiles"
+        f"{record['rounds']} interleaved rounds"
     )
 
 
@@ -104,7 +104,13 @@ def chart(record: dict[str, Any], path: Path) -> None:
         x=0.01, y=1 - 0.08 * inch, ha="left", va="top", fontsize=12, fontweight="bold",
     )  # fmt: skip
     figure.text(
-        0.01, 1 - 0.36 * inch, subtitle(record), ha="left", va="top", fontsize=7.5, color="#57606a"
+        0.01,
+        1 - 0.36 * inch,
+        f"{subtitle(record)}; lines: quartiles",
+        ha="left",
+        va="top",
+        fontsize=7.5,
+        color="#57606a",
     )
     handles = [Patch(color=COLORS[name], label=LABELS[name]) for name in names]
     handles.append(

@@ -126,12 +126,14 @@ def row(
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     options = parse(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
     peak, peak_reason = machine.amx_peak()
     result: dict[str, Any] = {
-        "schema": record.SCHEMA, "op": options.op, **machine.describe(), "rank": options.rank,
+        "schema": record.SCHEMA, "op": options.op, **machine.describe("benchmarks.run", argv),
+        "rank": options.rank,
         "dropout": options.dropout, "rounds": options.rounds,
         "amx_peak": {"gflops": peak, "reason": peak_reason}, "rows": [],
     }  # fmt: skip

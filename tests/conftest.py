@@ -1,14 +1,18 @@
-"""Fixtures of every test: the registry's backends, a fixed seed, one intra-op thread."""
+"""Fixtures of every test: the registry's backends and a fixed seed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from lora_kernels.ops import _registry
 from lora_kernels.testing import LoraLinearInputs
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks are not installed
 
 
 @pytest.fixture(autouse=True)
@@ -45,11 +49,3 @@ def problem_shapes(inputs: LoraLinearInputs) -> dict[str, object]:
         "weight_dtype": inputs.weights[0].dtype,
         "dropout_p": inputs.dropout_p,
     }
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
