@@ -24,7 +24,7 @@ PUBLIC = {"__init__", "modules", "integrations"}  # what users import
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "_version": set(),
-    "_backends": {"errors"},
+    "_backends": {"errors", "_C"},
     "ops": {"errors", "_backends"},
     "modules": {"errors", "ops"},
     "integrations": {"errors", "ops", "modules"},
@@ -87,6 +87,7 @@ def imports(path: Path) -> Iterator[Import]:
                     name = f"{child.module}.{alias.name}"
                     inner = ROOT / name.replace(".", "/")
                     exists = inner.is_dir() or inner.with_suffix(".py").exists()
+                    exists = exists or name == "lora_kernels._C"  # the compiled module
                     yield Import(name if exists else str(child.module), child.lineno, at_top)
             inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
             yield from walk(child, at_top and not inside)
