@@ -55,7 +55,7 @@ class WarmUp(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """One bar for the training with the latest loss, one for each evaluation."""
+    """A bar for the training with the latest loss; on a terminal one for each evaluation too."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -89,6 +89,8 @@ class Progress(TrainerCallback):
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
     ) -> None:
+        if not sys.stderr.isatty():
+            return
         if self._evaluation is None:
             self._evaluation = self._bar(len(eval_dataloader), "evaluation", leave=False)
         self._evaluation.update(1)
