@@ -69,7 +69,7 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float, stream: int = 0) 
         (lane[None, :] + 0 * row, row + 0 * lane, zero + stream, zero),
     )
     halves = torch.stack([torch.stack([w & 0xFFFF, w >> 16], -1) for w in words], 2)
-    # [rows, blocks*16, word, half] -> columns in the order 128 * block + 32 * word + 2 * lane + half
+    # [rows, 16 * blocks, word, half] -> column 128 * block + 32 * word + 2 * lane + half
     draws = halves.reshape(rows, blocks, 16, 4, 2).permute(0, 1, 3, 2, 4).reshape(rows, -1)
     return draws[:, :columns] >= threshold(p)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,9 @@ class OpSpec:
     name: str
     backends: tuple[str, ...]
     schemas: tuple[str, ...]
-    problem: Callable[..., object]
-    supports: Callable[[str, object], tuple[bool, str]]
-    choose: Callable[[object, str | None], tuple[str, str]]
-    flops: Callable[[object, str], float]
-    min_bytes: Callable[[object, str], float]
+    problem: Callable[..., Any]
+    supports: Callable[[str, Any], tuple[bool, str]]
+    choose: Callable[[Any, str | None], tuple[str, str]]
+    flops: Callable[[Any, str], float]
+    min_bytes: Callable[[Any, str], float]
     deterministic: str

@@ -77,8 +77,7 @@ def lora_linear_bwd(
     """dX [M, K], dAs in the dtype of A, dBs in the dtype of B; what is not needed is empty."""
     dx = x.new_empty(0)
     das, dbs, column = [], [], 0
-    masked = dropout_p > 0.0 and seed is not None
-    rescale = keep_scale(dropout_p) if masked else 1.0
+    rescale = 1.0 if seed is None else keep_scale(dropout_p)
     for g, (dy, w, a, b, scaling) in enumerate(
         zip(dys, weights, lora_as, lora_bs, scalings, strict=True)
     ):
@@ -88,12 +87,12 @@ def lora_linear_bwd(
             ds = (dy @ b.to(x.dtype)).mul_(scaling * rescale)
         if need_dx:
             dx = dy @ w.to(x.dtype) if g == 0 else dx.addmm_(dy, w.to(x.dtype))
-            if masked:
+            if seed is not None and dropout_p > 0.0:
                 dx += drop(ds @ a.to(x.dtype), seed, dropout_p, g)
             else:
                 dx.addmm_(ds, a.to(x.dtype))
         if need_da:
-            xd = drop(x, seed, dropout_p, g) if masked else x
+            xd = x if seed is None or dropout_p == 0.0 else drop(x, seed, dropout_p, g)
             das.append(_mm_accumulate(ds, xd, a.dtype))
         if need_db:
             dbs.append(_mm_accumulate(dy, s_g, b.dtype).mul_(scaling))

@@ -1,13 +1,87 @@
-"""lora_linear on the compiled CPU library."""
+"""lora_linear on the compiled CPU library (csrc/lora_linear)."""
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
+from lora_kernels._backends import cpu as backend
+from lora_kernels.ops.lora_linear.packing import packed_weight
 from lora_kernels.ops.lora_linear.problem import LoraLinearProblem
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_GROUP = 8
 
 
 def supports(problem: LoraLinearProblem) -> tuple[bool, str]:
-    return False, "lora_kernels._C is not built"
+    """Can the library run `problem`, at whatever speed."""
+    if problem.device != "cpu":
+        return False, f"x is on {problem.device}, the library works on cpu tensors"
+    module, reason = backend.load()
+    if module is None:
+        return False, reason
+    if problem.dtype not in _DTYPES:
+        return False, f"dtype {problem.dtype} is not supported; float32, bfloat16 and float16 are"
+    if len(problem.N) > _MAX_GROUP:
+        return False, f"a group of {len(problem.N)} is too large; at most {_MAX_GROUP}"
+    return True, f"{module.lora_linear_engine(problem.dtype)} kernels"
 
 
 def preferred(problem: LoraLinearProblem) -> tuple[bool, str]:
-    return supports(problem)
+    """Is the library the choice of `auto`: it can run `problem` and does not lose to `aten`."""
+    able, why = supports(problem)
+    if not able:
+        return able, why
+    module, _ = backend.load()
+    assert module is not None
+    engine = module.lora_linear_engine(problem.dtype)
+    if engine in ("avx2", "baseline"):
+        return False, f"the {engine} kernels do not beat the library GEMMs"
+    if not problem.frozen:
+        return False, "the weight is trained, so a packed copy would not live longer than a call"
+    return True, why
+
+
+def lora_linear_fwd(
+    x: Tensor,
+    weights: list[Tensor],
+    lora_as: list[Tensor],
+    lora_bs: list[Tensor],
+    biases: list[Tensor | None],
+    scalings: list[float],
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[list[Tensor], Tensor]:
+    """Ys, each [M, N_g], and S [M, sum of ranks] in the dtype of x."""
+    module, _ = backend.load()
+    assert module is not None
+    packed = [packed_weight(w, x.dtype, False) for w in weights]
+    ys, s = module.lora_linear_fwd(
+        x, packed, [w.shape[0] for w in weights], lora_as, lora_bs, biases, scalings,
+        dropout_p, seed,
+    )  # fmt: skip
+    return ys, s
+
+
+def lora_linear_bwd(
+    dys: list[Tensor],
+    x: Tensor,
+    weights: list[Tensor],
+    lora_as: list[Tensor],
+    lora_bs: list[Tensor],
+    s: Tensor,
+    scalings: list[float],
+    dropout_p: float,
+    seed: Tensor | None,
+    need_dx: bool,
+    need_da: bool,
+    need_db: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """dX [M, K], dAs in the dtype of A, dBs in the dtype of B; what is not needed is empty."""
+    module, _ = backend.load()
+    assert module is not None
+    packed = [packed_weight(w, x.dtype, True) for w in weights] if need_dx else []
+    return module.lora_linear_bwd(
+        dys, x, packed, lora_as, lora_bs, s, scalings, dropout_p, seed,
+        need_dx, need_da, need_db,
+    )  # fmt: skip

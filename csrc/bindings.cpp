@@ -1,0 +1,27 @@
+// The only pybind11 module: one line per host entry, no logic.
+#include <torch/csrc/utils/pybind.h>
+
+#include "cpu/amx_peak.h"
+#include "cpu/isa.h"
+#include "lora_linear/lora_linear_host.h"
+
+namespace py = pybind11;
+using namespace lora_kernels;
+
+PYBIND11_MODULE(_C, m) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.doc() = "Compiled CPU kernels of lora_kernels.";
+  m.attr("torch_version") = LORA_KERNELS_TORCH_VERSION;
+  m.attr("compiler") = LORA_KERNELS_COMPILER;
+  m.def("isa", [] { return std::string(cpu::isa_name(cpu::active_isa())); });
+  m.def("machine_isas", &cpu::machine_isa_names);
+  m.def("set_isa_limit", &cpu::set_isa_limit, py::arg("name"));
+  m.def("amx_peak_gflops", &cpu::amx_peak_gflops, py::arg("seconds"), py::arg("threads"), release());
+  m.def("lora_linear_engine", &lora_linear::engine_name, py::arg("dtype"));
+  m.def("lora_linear_packed_bytes", &lora_linear::packed_bytes, py::arg("dtype"), py::arg("k"),
+        py::arg("n"));
+  m.def("lora_linear_pack_weight", &lora_linear::pack_weight, py::arg("weight"), py::arg("dtype"),
+        py::arg("for_dgrad"), release());
+  m.def("lora_linear_fwd", &lora_linear::lora_linear_fwd, release());
+  m.def("lora_linear_bwd", &lora_linear::lora_linear_bwd, release());
+}

@@ -1,0 +1,202 @@
+// Engine for multiply-add units of any vector width, in the compiler's portable vectors.
+//
+// The including file sets LK_LANES (fp32 lanes), LK_MR (rows of a strip),
+// LK_ROWS and LK_K_BLOCK (blocks in L2, see driver.h). The
+// micro kernel keeps MR x 3 accumulators, 3 vectors of B and 1 broadcast of A in registers.
+// Packed A strip: fp32 [k][MR]. Packed B strip (width 3, 2 or 1 vectors): element type [k][width].
+// Numerics: fp32 products and accumulation over the whole k (x and LoRA term in one accumulator),
+// operands of lower precision widened exactly, one rounding at the store. The LoRA factor S stays
+// fp32 inside the forward.
+#pragma once
+
+#include "lora_linear.h"
+
+namespace lora_kernels::lora_linear {
+namespace {
+
+typedef float Vec __attribute__((vector_size(LK_LANES * 4)));
+typedef float VecU __attribute__((vector_size(LK_LANES * 4), aligned(4), may_alias));
+typedef uint32_t UVec __attribute__((vector_size(LK_LANES * 4)));
+typedef int32_t IVec __attribute__((vector_size(LK_LANES * 4)));
+typedef uint16_t HVec __attribute__((vector_size(LK_LANES * 2)));
+typedef uint16_t HVecU __attribute__((vector_size(LK_LANES * 2), aligned(2), may_alias));
+
+inline Vec load(const float* p) { return *reinterpret_cast<const VecU*>(p); }
+inline Vec load(const bf16* p) {
+  const HVec h = *reinterpret_cast<const HVecU*>(p);
+  return (Vec)(__builtin_convertvector(h, UVec) << 16);
+}
+inline Vec load(const fp16* p) {
+  Vec v;
+  for (int l = 0; l < LK_LANES; ++l) v[l] = to_float(p[l]);
+  return v;
+}
+inline void store_vec(float* p, Vec v) { *reinterpret_cast<VecU*>(p) = v; }
+
+// All-ones lanes where bit (first + lane) of `bits` is set.
+inline IVec lanes_of(uint32_t bits, int first) {
+  IVec lane;
+  for (int l = 0; l < LK_LANES; ++l) lane[l] = l;
+  const UVec spread = UVec{} + (bits >> first);
+  return -(IVec)((spread >> (UVec)lane) & 1u);
+}
+inline Vec select(IVec keep, Vec v) { return (Vec)((IVec)v & keep); }
+
+template <class Element>
+struct FmaEngine {
+  using T = Element;
+  using TA = float;
+  using TB = Element;
+  static constexpr int VL = LK_LANES;
+  static constexpr int MR = LK_MR, NR = 3 * VL, NV = VL, KR = 1;
+  static constexpr int ROWS = LK_ROWS, COLUMNS = 16 * NR, K_BLOCK = LK_K_BLOCK;
+
+  static void enter() {}
+  static void leave() {}
+
+  static void pack_a(const T* src, int64_t ld, int64_t rows, int64_t k, float* dst) {
+    if (rows < MR) std::fill(dst, dst + k * MR, 0.0f);
+    constexpr int64_t kBlock = 64;
+    for (int64_t k0 = 0; k0 < k; k0 += kBlock) {
+      const int64_t k1 = std::min(k, k0 + kBlock);
+      for (int64_t i = 0; i < rows; ++i) {
+        const T* s = src + i * ld;
+        for (int64_t kk = k0; kk < k1; ++kk) dst[kk * MR + i] = to_float(s[kk]);
+      }
+    }
+  }
+  static void pack_a_f32(const float* src, int64_t ld, int64_t rows, int64_t k, float factor,
+                         float* dst) {
+    for (int64_t kk = 0; kk < k; ++kk) {
+      for (int64_t i = 0; i < MR; ++i) {
+        dst[kk * MR + i] = i < rows ? src[i * ld + kk] * factor : 0.0f;
+      }
+    }
+  }
+  static void pack_a_t(const T* src, int64_t ld, int64_t rows, int64_t k, float* dst) {
+    for (int64_t kk = 0; kk < k; ++kk) {
+      for (int64_t i = 0; i < MR; ++i) {
+        dst[kk * MR + i] = i < rows ? to_float(src[kk * ld + i]) : 0.0f;
+      }
+    }
+  }
+  static void mask_a(const float* strip, int64_t rows, int64_t k, const uint32_t* masks,
+                     int64_t ldmask, float* dst) {
+    for (int64_t kk = 0; kk < k; ++kk) {
+      for (int64_t i = 0; i < MR; ++i) {
+        const uint32_t keep = i < rows ? (masks[i * ldmask + kk / 32] >> (kk % 32)) & 1u : 0u;
+        dst[kk * MR + i] = bits_to_float(float_to_bits(strip[kk * MR + i]) & (0u - keep));
+      }
+    }
+  }
+
+  template <class Src>
+  static void pack_b_rows(const Src* src, int64_t ld, int64_t k, int64_t n, int64_t width,
+                          const uint32_t* masks, int64_t n0, int64_t ldmask, TB* dst) {
+    for (int64_t kk = 0; kk < k; ++kk, dst += width) {
+      const Src* s = src + kk * ld;
+      const uint32_t* m = masks == nullptr ? nullptr : masks + kk * ldmask;
+      for (int64_t j = 0; j < width; ++j) {
+        const bool keep = j < n && (m == nullptr || ((m[(n0 + j) / 32] >> ((n0 + j) % 32)) & 1u));
+        from_float(keep ? to_float(s[j]) : 0.0f, dst[j]);
+      }
+    }
+  }
+  template <class Src>
+  static void pack_b_cols(const Src* src, int64_t ld, int64_t k, int64_t n, int64_t width,
+                          TB* dst) {
+    constexpr int64_t kBlock = 64;
+    for (int64_t k0 = 0; k0 < k; k0 += kBlock) {
+      const int64_t k1 = std::min(k, k0 + kBlock);
+      for (int64_t j = 0; j < width; ++j) {
+        for (int64_t kk = k0; kk < k1; ++kk) {
+          from_float(j < n ? to_float(src[j * ld + kk]) : 0.0f, dst[kk * width + j]);
+        }
+      }
+    }
+  }
+
+  template <int NVEC>
+  static void micro_vectors(const Segment<FmaEngine>* segments, int count, float* c, int64_t ldc,
+                            bool accumulate) {
+    Vec acc[MR][NVEC];
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < NVEC; ++v) acc[i][v] = accumulate ? load(c + i * ldc + v * VL) : Vec{};
+    }
+    for (int s = 0; s < count; ++s) {
+      const float* __restrict__ a = segments[s].a;
+      const TB* __restrict__ b = segments[s].b;
+      for (int64_t k = segments[s].k; k > 0; --k, a += MR, b += NVEC * VL) {
+        Vec bv[NVEC];
+#pragma GCC unroll 4
+        for (int v = 0; v < NVEC; ++v) bv[v] = load(b + v * VL);
+        __builtin_prefetch(b + 16 * NVEC * VL);
+#pragma GCC unroll 16
+        for (int i = 0; i < MR; ++i) {
+          const Vec av = Vec{} + a[i];
+#pragma GCC unroll 4
+          for (int v = 0; v < NVEC; ++v) acc[i][v] += av * bv[v];
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < NVEC; ++v) store_vec(c + i * ldc + v * VL, acc[i][v]);
+    }
+  }
+  static void micro(const Segment<FmaEngine>* segments, int count, int64_t, int64_t width, float* c,
+                    int64_t ldc, bool accumulate) {
+    if (width == 3 * VL) {
+      micro_vectors<3>(segments, count, c, ldc, accumulate);
+    } else if (width == 2 * VL) {
+      micro_vectors<2>(segments, count, c, ldc, accumulate);
+    } else {
+      micro_vectors<1>(segments, count, c, ldc, accumulate);
+    }
+  }
+
+  // The tile is stored at once: the registers have nothing else to hide it under.
+  struct Tail {
+    float* tiles[1];
+  };
+  static void flush(Tail&) {}
+  static void micro_then(const Segment<FmaEngine>* segments, int count, int64_t width, float* sum,
+                         Tail& tail, const Output<FmaEngine>& o) {
+    float* c = sum == nullptr ? tail.tiles[0] : sum;
+    micro(segments, count, o.rows, width, c, NR, sum != nullptr);
+    if (o.extra != nullptr) {
+      for (int64_t i = 0; i < o.rows * NR; ++i) c[i] += o.extra[i];
+    }
+    store(c, NR, o.rows, o.n, o.bias, o.dst, o.ld);
+  }
+
+  static void add_masked(const float* lora, int64_t rows, int64_t width, const uint32_t* masks,
+                         int64_t ldmask, int64_t k0, float* c) {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < width; j += VL) {
+        const int64_t column = k0 + j;
+        const IVec keep = lanes_of(masks[i * ldmask + column / 32], static_cast<int>(column % 32));
+        float* sum = c + i * NR + j;
+        store_vec(sum, load(sum) + select(keep, load(lora + i * NR + j)));
+      }
+    }
+  }
+  static void store(const float* c, int64_t ldc, int64_t rows, int64_t n, const float* bias, T* dst,
+                    int64_t ld) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* row = c + i * ldc;
+      T* out = dst + i * ld;
+      if (bias == nullptr) {
+        for (int64_t j = 0; j < n; ++j) from_float(row[j], out[j]);
+      } else {
+        for (int64_t j = 0; j < n; ++j) from_float(row[j] + bias[j], out[j]);
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace lora_kernels::lora_linear

@@ -1,0 +1,321 @@
+// Host entry of lora_linear on the CPU: checks, output allocation, Params, grid, engine.
+#include "lora_linear_host.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/zeros.h>
+
+#include <cmath>
+
+#include "../cpu/isa.h"
+#include "../cpu/memory.h"
+#include "lora_linear.h"
+
+namespace lora_kernels::lora_linear {
+namespace {
+
+Dtype dtype_of(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return Dtype::kFloat32;
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    case at::kHalf:
+      return Dtype::kFloat16;
+    default:
+      TORCH_CHECK(false, "lora_linear (cpu): dtype ", t.scalar_type(),
+                  " is not supported; accepted: float32, bfloat16, float16");
+  }
+}
+
+const Engine& engine_for(Dtype dtype) {
+  using cpu::Isa;
+  const Isa isa = cpu::active_isa();
+  const Engine* engine = nullptr;
+  if (isa >= Isa::kAmx) engine = engine_amx(dtype);
+  if (engine == nullptr && isa >= Isa::kAvx512) engine = engine_avx512(dtype);
+  if (engine == nullptr && isa >= Isa::kAvx2) engine = engine_avx2(dtype);
+  return engine == nullptr ? *engine_baseline(dtype) : *engine;
+}
+
+// Rows with unit column stride; the element type is `dtype` or fp32.
+at::Tensor readable(const at::Tensor& t, at::ScalarType dtype) {
+  at::Tensor r = t;
+  if (r.scalar_type() != dtype && r.scalar_type() != at::kFloat) r = r.to(at::kFloat);
+  const bool rows = r.dim() != 2 || (r.stride(1) == 1 && r.stride(0) >= r.size(1));
+  return rows && (r.dim() != 1 || r.stride(0) == 1) ? r : r.contiguous();
+}
+
+int64_t row_stride(const at::Tensor& t) { return t.size(0) > 1 ? t.stride(0) : t.size(1); }
+
+// Splits rows first; columns too where there are fewer strips of rows than threads. Every column
+// share repeats the packing and the shrink of its rows, which the cost counts.
+Grid choose_grid(const Engine& e, int64_t m, int64_t k, int64_t n, int64_t rank) {
+  const int64_t strips = (m + e.mr - 1) / e.mr;
+  if (static_cast<double>(m) * k * n < 1 << 20) return {1, 1};
+  const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  Grid best{1, 1};
+  double best_cost = -1;
+  for (int tm = 1; tm <= threads; ++tm) {
+    const int tn = threads / tm;
+    const double cost = static_cast<double>((strips + tm - 1) / tm) *
+                        (static_cast<double>(n) / tn + static_cast<double>(rank) + 64.0);
+    if (best_cost < 0 || cost <= best_cost) {
+      best = {tm, tn};
+      best_cost = cost;
+    }
+  }
+  return best;
+}
+
+template <class Body>
+void run_threads(int threads, const Body& body) {
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) body(static_cast<int>(t));
+  });
+}
+
+struct Operand {
+  at::Tensor source;
+  int64_t k, n;
+  bool columns;  // source is [n, k]
+  void* packed;
+};
+
+// Packs all small operands in one parallel region.
+std::shared_ptr<void> pack_all(const Engine& e, std::vector<Operand>& operands, int threads) {
+  size_t bytes = 0;
+  for (Operand& o : operands) {
+    o.packed = reinterpret_cast<void*>(bytes);
+    bytes += round_up(packed_b_bytes(e, o.k, o.n), 64);
+  }
+  std::shared_ptr<void> block = cpu::allocate(bytes);
+  for (Operand& o : operands) {
+    o.packed = static_cast<char*>(block.get()) + reinterpret_cast<size_t>(o.packed);
+  }
+  run_threads(threads, [&](int t) {
+    for (const Operand& o : operands) {
+      (o.columns ? e.pack_b_cols : e.pack_b_rows)(dtype_of(o.source), o.source.const_data_ptr(),
+                                                  row_stride(o.source), o.k, o.n, o.packed, t,
+                                                  threads);
+    }
+  });
+  return block;
+}
+
+DropoutParams dropout_params(double dropout_p, const std::optional<at::Tensor>& seed) {
+  DropoutParams d;
+  if (dropout_p == 0.0 || !seed.has_value()) return d;
+  d.threshold = static_cast<uint32_t>(std::nearbyint(dropout_p * 65536.0));
+  const uint64_t value = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
+  d.key[0] = static_cast<uint32_t>(value);
+  d.key[1] = static_cast<uint32_t>(value >> 32);
+  return d;
+}
+
+float keep_scale(const DropoutParams& d) {
+  return d.threshold >= 65536 ? 0.0f : 65536.0f / static_cast<float>(65536 - d.threshold);
+}
+
+void check_packed(const Engine& e, const at::Tensor& packed, int64_t k, int64_t n) {
+  TORCH_CHECK(packed.nbytes() == static_cast<size_t>(packed_b_bytes(e, k, n)),
+              "lora_linear (cpu): packed weight has ", packed.nbytes(), " bytes; engine ", e.name,
+              " needs ", packed_b_bytes(e, k, n), " for [", n, ", ", k, "]");
+}
+
+// Adds the threads' partials in order: [parts, rank_padded, columns_padded] -> [rank, columns],
+// or its transpose.
+at::Tensor reduce_partials(const at::Tensor& partials, int64_t rank, int64_t columns, float factor,
+                           bool transpose, at::ScalarType dtype) {
+  const int64_t parts = partials.size(0), ld = partials.size(2), block = partials.stride(0);
+  const float* in = partials.const_data_ptr<float>();
+  at::Tensor out = at::empty(transpose ? at::IntArrayRef{columns, rank}
+                                       : at::IntArrayRef{rank, columns}, at::kFloat);
+  float* result = out.mutable_data_ptr<float>();
+  at::parallel_for(0, columns, 512, [&](int64_t begin, int64_t end) {
+    for (int64_t i = 0; i < rank; ++i) {
+      for (int64_t j = begin; j < end; ++j) {
+        float sum = 0.0f;
+        for (int64_t p = 0; p < parts; ++p) sum += in[p * block + i * ld + j];
+        result[transpose ? j * rank + i : i * columns + j] = sum * factor;
+      }
+    }
+  });
+  return dtype == at::kFloat ? out : out.to(dtype);
+}
+
+}  // namespace
+
+std::string engine_name(at::ScalarType dtype) {
+  return engine_for(dtype_of(at::empty({0}, dtype))).name;
+}
+
+int64_t packed_bytes(at::ScalarType dtype, int64_t k, int64_t n) {
+  return packed_b_bytes(engine_for(dtype_of(at::empty({0}, dtype))), k, n);
+}
+
+at::Tensor pack_weight(const at::Tensor& weight, at::ScalarType dtype, bool for_dgrad) {
+  TORCH_CHECK(weight.dim() == 2 && weight.device().is_cpu(),
+              "pack_weight: weight must be a 2-D CPU tensor");
+  const Engine& e = engine_for(dtype_of(at::empty({0}, dtype)));
+  const at::Tensor source = readable(weight, dtype);
+  const int64_t k = weight.size(for_dgrad ? 0 : 1), n = weight.size(for_dgrad ? 1 : 0);
+  const int64_t bytes = packed_b_bytes(e, k, n);
+  std::shared_ptr<void> block = cpu::allocate(bytes);
+  const int threads = at::get_num_threads();
+  run_threads(threads, [&](int t) {
+    (for_dgrad ? e.pack_b_rows : e.pack_b_cols)(dtype_of(source), source.const_data_ptr(),
+                                                row_stride(source), k, n, block.get(), t, threads);
+  });
+  return at::from_blob(block.get(), {bytes}, [block](void*) mutable { block.reset(); },
+                       at::TensorOptions().dtype(at::kByte));
+}
+
+std::tuple<std::vector<at::Tensor>, at::Tensor> lora_linear_fwd(
+    const at::Tensor& x_in, const std::vector<at::Tensor>& packed,
+    const std::vector<int64_t>& out_features, const std::vector<at::Tensor>& lora_as,
+    const std::vector<at::Tensor>& lora_bs, const std::vector<std::optional<at::Tensor>>& biases,
+    const std::vector<double>& scalings, double dropout_p,
+    const std::optional<at::Tensor>& seed) {
+  const at::ScalarType dtype = x_in.scalar_type();
+  const at::Tensor x = readable(x_in, dtype);
+  const Engine& e = engine_for(dtype_of(x));
+  FwdParams p{};
+  p.m = x.size(0);
+  p.k = x.size(1);
+  p.members = static_cast<int>(packed.size());
+  TORCH_CHECK(p.members >= 1 && p.members <= kMaxGroup, "lora_linear (cpu): a group has ",
+              p.members, " members; accepted: 1 to ", kMaxGroup);
+  p.dropout = dropout_params(dropout_p, seed);
+  p.keep_scale = keep_scale(p.dropout);
+  int64_t ranks = 0, columns = 0;
+  std::vector<Operand> operands;
+  std::vector<at::Tensor> ys, held;
+  for (int g = 0; g < p.members; ++g) {
+    FwdMember& w = p.member[g];
+    w.n = out_features[g];
+    w.rank = lora_as[g].size(0);
+    w.s_column = ranks;
+    w.scaling = static_cast<float>(scalings[g]);
+    check_packed(e, packed[g], p.k, w.n);
+    w.w_packed = packed[g].const_data_ptr();
+    if (biases[g].has_value()) {
+      held.push_back(biases[g]->to(at::kFloat).contiguous());
+      w.bias = held.back().const_data_ptr<float>();
+    }
+    ys.push_back(at::empty({p.m, w.n}, x.options()));
+    w.y = ys.back().mutable_data_ptr();
+    w.ldy = w.n;
+    operands.push_back({readable(lora_as[g], dtype), p.k, w.rank, true, nullptr});
+    operands.push_back({readable(lora_bs[g], dtype), w.rank, w.n, true, nullptr});
+    ranks += w.rank;
+    columns += w.n;
+  }
+  at::Tensor s = at::empty({p.m, ranks}, x.options());
+  p.x = x.const_data_ptr();
+  p.ldx = row_stride(x);
+  p.s = s.mutable_data_ptr();
+  p.lds = ranks;
+  const Grid grid = choose_grid(e, p.m, p.k, columns, ranks);
+  const int threads = grid.threads_m * grid.threads_n;
+  const std::shared_ptr<void> block = pack_all(e, operands, threads);
+  for (int g = 0; g < p.members; ++g) {
+    p.member[g].a_packed = operands[2 * g].packed;
+    p.member[g].b_packed = operands[2 * g + 1].packed;
+  }
+  const int64_t bytes = e.fwd_workspace(p, grid);
+  run_threads(threads, [&](int t) { e.fwd(p, grid, t, cpu::thread_workspace(bytes)); });
+  return {ys, s};
+}
+
+std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_linear_bwd(
+    const std::vector<at::Tensor>& dys_in, const at::Tensor& x_in,
+    const std::vector<at::Tensor>& packed, const std::vector<at::Tensor>& lora_as,
+    const std::vector<at::Tensor>& lora_bs, const at::Tensor& s_in,
+    const std::vector<double>& scalings, double dropout_p, const std::optional<at::Tensor>& seed,
+    bool need_dx, bool need_da, bool need_db) {
+  const at::ScalarType dtype = x_in.scalar_type();
+  const at::Tensor x = readable(x_in, dtype), s = readable(s_in, dtype);
+  const Engine& e = engine_for(dtype_of(x));
+  BwdParams p{};
+  p.m = x.size(0);
+  p.k = x.size(1);
+  p.members = static_cast<int>(dys_in.size());
+  TORCH_CHECK(p.members >= 1 && p.members <= kMaxGroup, "lora_linear (cpu): a group has ",
+              p.members, " members; accepted: 1 to ", kMaxGroup);
+  p.dropout = dropout_params(dropout_p, seed);
+  p.keep_scale = keep_scale(p.dropout);
+  int64_t ranks = 0, columns = 0;
+  std::vector<Operand> operands;
+  std::vector<at::Tensor> dys;
+  for (int g = 0; g < p.members; ++g) {
+    BwdMember& w = p.member[g];
+    dys.push_back(readable(dys_in[g], dtype));
+    w.dy = dys.back().const_data_ptr();
+    w.lddy = row_stride(dys.back());
+    w.n = dys.back().size(1);
+    w.rank = lora_as[g].size(0);
+    w.s_column = ranks;
+    w.scaling = static_cast<float>(scalings[g]);
+    if (need_dx) {
+      check_packed(e, packed[g], w.n, p.k);
+      w.w_packed = packed[g].const_data_ptr();
+    }
+    operands.push_back({readable(lora_as[g], dtype), w.rank, p.k, false, nullptr});
+    operands.push_back({readable(lora_bs[g], dtype), w.n, w.rank, false, nullptr});
+    ranks += w.rank;
+    columns += w.n;
+  }
+  p.x = x.const_data_ptr();
+  p.ldx = row_stride(x);
+  p.s = s.const_data_ptr();
+  p.lds = row_stride(s);
+  at::Tensor dx = at::empty({need_dx ? p.m : 0, need_dx ? p.k : 0}, x.options());
+  if (need_dx) {
+    p.dx = dx.mutable_data_ptr();
+    p.lddx = p.k;
+  } else {
+    dx = at::empty({0}, x.options());
+  }
+  const Grid grid = choose_grid(e, p.m, columns, p.k, ranks);
+  const int threads = grid.threads_m * grid.threads_n;
+  std::vector<at::Tensor> da_partials, db_partials;
+  for (int g = 0; g < p.members; ++g) {
+    BwdMember& w = p.member[g];
+    const int64_t rank_padded = round_up(w.rank, e.mr);
+    const auto partial = [&](int64_t n) {
+      return at::zeros({grid.threads_m, rank_padded, round_up(n, e.nv)}, at::kFloat);
+    };
+    if (need_da) {
+      da_partials.push_back(partial(p.k));
+      w.da = da_partials.back().mutable_data_ptr<float>();
+    }
+    if (need_db) {
+      db_partials.push_back(partial(w.n));
+      w.db = db_partials.back().mutable_data_ptr<float>();
+    }
+  }
+  const std::shared_ptr<void> block = pack_all(e, operands, threads);
+  for (int g = 0; g < p.members; ++g) {
+    p.member[g].a_packed = operands[2 * g].packed;
+    p.member[g].bt_packed = operands[2 * g + 1].packed;
+  }
+  const int64_t bytes = e.bwd_workspace(p, grid);
+  run_threads(threads, [&](int t) { e.bwd(p, grid, t, cpu::thread_workspace(bytes)); });
+  std::vector<at::Tensor> das, dbs;
+  for (int g = 0; g < p.members; ++g) {
+    const BwdMember& w = p.member[g];
+    if (need_da) {
+      das.push_back(reduce_partials(da_partials[g], w.rank, p.k, 1.0f, false,
+                                    lora_as[g].scalar_type()));
+    }
+    if (need_db) {
+      dbs.push_back(reduce_partials(db_partials[g], w.rank, w.n, w.scaling, true,
+                                    lora_bs[g].scalar_type()));
+    }
+  }
+  return {dx, das, dbs};
+}
+
+}  // namespace lora_kernels::lora_linear

@@ -1,0 +1,34 @@
+// Host entries of lora_linear on the CPU, as bound to Python. 2-D tensors; formulas:
+// lora_kernels/ops/lora_linear/reference.py. `packed` weights come from pack_weight with the same
+// compute dtype and the same active instruction set.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace lora_kernels::lora_linear {
+
+std::string engine_name(at::ScalarType dtype);
+int64_t packed_bytes(at::ScalarType dtype, int64_t k, int64_t n);
+
+// weight [N, K] -> bytes in the engine's layout, as the right operand of X W^T or of dY W.
+at::Tensor pack_weight(const at::Tensor& weight, at::ScalarType dtype, bool for_dgrad);
+
+std::tuple<std::vector<at::Tensor>, at::Tensor> lora_linear_fwd(
+    const at::Tensor& x, const std::vector<at::Tensor>& packed,
+    const std::vector<int64_t>& out_features, const std::vector<at::Tensor>& lora_as,
+    const std::vector<at::Tensor>& lora_bs, const std::vector<std::optional<at::Tensor>>& biases,
+    const std::vector<double>& scalings, double dropout_p, const std::optional<at::Tensor>& seed);
+
+std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_linear_bwd(
+    const std::vector<at::Tensor>& dys, const at::Tensor& x,
+    const std::vector<at::Tensor>& packed, const std::vector<at::Tensor>& lora_as,
+    const std::vector<at::Tensor>& lora_bs, const at::Tensor& s,
+    const std::vector<double>& scalings, double dropout_p, const std::optional<at::Tensor>& seed,
+    bool need_dx, bool need_da, bool need_db);
+
+}  // namespace lora_kernels::lora_linear

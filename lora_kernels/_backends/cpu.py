@@ -1,0 +1,46 @@
+"""Loader of the compiled CPU library; keeps the reason when it is absent."""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+import torch
+
+
+@functools.cache
+def load() -> tuple[ModuleType | None, str]:
+    """(module, "") or (None, reason). Importing it loads libtorch symbols, so torch comes first."""
+    try:
+        from lora_kernels import _C
+    except ImportError as error:
+        if "cannot import name '_C'" in str(error) or "No module named" in str(error):
+            return None, "lora_kernels._C is not built (pip install --no-build-isolation builds it)"
+        return None, f"lora_kernels._C cannot be loaded: {error}"
+    if torch.__version__ != _C.torch_version:
+        return None, (
+            f"lora_kernels._C was built for torch {_C.torch_version} but torch "
+            f"{torch.__version__} is installed; rebuild it"
+        )
+    return _C, ""
+
+
+def broken() -> bool:
+    """Built, but not usable: something that should work does not."""
+    module, reason = load()
+    return module is None and "is not built" not in reason
+
+
+def build_info() -> dict[str, Any]:
+    """What was built, and what of it this machine can run."""
+    module, reason = load()
+    if module is None:
+        return {"available": False, "reason": reason}
+    return {
+        "available": True,
+        "torch": module.torch_version,
+        "compiler": module.compiler,
+        "isa": module.isa(),
+        "machine_isas": module.machine_isas(),
+    }

@@ -1,0 +1,96 @@
+"""Builds lora_kernels._C (CPU kernels) from csrc/sources.txt; metadata is in pyproject.toml.
+
+Per-ISA objects come from one static library per instruction set, because the extension's own
+build gives all its sources the same flags. The engine is chosen at run time. Where torch or a
+compiler is missing the Python package still installs; `lora-kernels env` then says why.
+
+Environment: LORA_KERNELS_SKIP_CPU=1 skips the native part, LORA_KERNELS_DEBUG=1 builds -O0 -g.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+DEBUG = os.environ.get("LORA_KERNELS_DEBUG") == "1"
+X86 = platform.machine() in ("x86_64", "AMD64")
+COMMON = [
+    "-std=c++20",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-maybe-uninitialized",
+]
+COMMON += ["-O0", "-g"] if DEBUG else ["-O3"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+ISA_FLAGS = {
+    "plain": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": AVX512,
+    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+}
+
+
+def sources() -> list[tuple[str, str]]:
+    lines = (ROOT / "csrc" / "sources.txt").read_text().splitlines()
+    pairs = [line.split() for line in lines if line.strip() and not line.startswith("#")]
+    return [(isa, f"csrc/{path}") for isa, path in pairs]
+
+
+def accepts(flags: list[str]) -> bool:
+    """Does the compiler know these flags? A file is compiled without them where it does not."""
+    compiler = os.environ.get("CXX", "g++")
+    probe = [compiler, *flags, "-x", "c++", "-E", "-", "-o", os.devnull]
+    try:
+        return subprocess.run(probe, input=b"", capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+def native() -> dict[str, object]:
+    if os.environ.get("LORA_KERNELS_SKIP_CPU") == "1":
+        print("lora_kernels: LORA_KERNELS_SKIP_CPU=1, the CPU kernels are not built")
+        return {}
+    try:
+        import torch
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError as error:
+        print(f"lora_kernels: torch cannot be imported ({error}), the CPU kernels are not built")
+        return {}
+    headers = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h"))
+    libraries = []
+    for isa, flags in ISA_FLAGS.items():
+        files = [path for kind, path in sources() if kind == isa]
+        usable = flags if X86 and accepts(flags) else []
+        libraries.append(
+            (
+                f"lora_kernels_{isa}",
+                {"sources": files, "cflags": COMMON + usable, "obj_deps": {"": headers}},
+            )
+        )
+    macros = [
+        ("LORA_KERNELS_TORCH_VERSION", f'"{torch.__version__}"'),
+        ("LORA_KERNELS_COMPILER", "__VERSION__"),
+    ]
+    extension = CppExtension(
+        "lora_kernels._C",
+        [path for kind, path in sources() if kind == "host"],
+        extra_compile_args=[*COMMON, "-fopenmp", "-g0", "-Wno-unused-parameter"],
+        extra_link_args=["-fopenmp"],
+        define_macros=macros,
+        depends=headers,
+    )
+    return {
+        "libraries": libraries,
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": BuildExtension},
+    }
+
+
+setup(**native())
