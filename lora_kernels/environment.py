@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 from pathlib import Path
@@ -12,10 +10,11 @@ from typing import Any
 
 import torch
 
+from lora_kernels._backends import cpu as cpu_library
 from lora_kernels._version import __version__
 from lora_kernels.errors import LoraKernelsError
+from lora_kernels.ops import explain
 from lora_kernels.ops._registry import OPS
-from lora_kernels.ops.explain import explain
 from lora_kernels.selfcheck import TYPICAL, self_check
 
 PACKAGES = ("torch", "triton", "peft", "transformers", "accelerate", "safetensors",
@@ -91,34 +90,11 @@ def _gpu() -> dict[str, Any]:
 
 
 def _native(problems: list[str]) -> dict[str, Any]:
-    """The compiled CPU module: not built is fine, built and not loadable is a problem."""
-    if importlib.util.find_spec("lora_kernels._C") is None:
-        reason = "not built; `pip install --no-build-isolation -e .` builds it with g++"
-        return {"built": False, "loads": False, "reason": reason, "build": {}, "isa": None}
-    try:
-        module = importlib.import_module("lora_kernels._C")
-    except Exception as e:
-        reason = " ".join(f"{type(e).__name__}: {e}".split())
-        problems.append(f"lora_kernels._C is built but does not load: {reason}")
-        return {"built": True, "loads": False, "reason": reason, "build": {}, "isa": None}
-    build = {
-        name: getattr(module, name)
-        for name in ("torch_version", "compiler", "flags")
-        if hasattr(module, name)
-    }
-    built_for = build.get("torch_version", torch.__version__)
-    if built_for != torch.__version__:
-        problems.append(
-            f"lora_kernels._C is built for torch {built_for} but torch is {torch.__version__}; "
-            "build it again"
-        )
-    return {
-        "built": True,
-        "loads": True,
-        "reason": "",
-        "build": build,
-        "isa": {"used": module.isa(), "machine": list(module.machine_isas())},
-    }
+    """The compiled CPU module: absent is fine, present and not usable is a problem."""
+    info = cpu_library.build_info()
+    if cpu_library.broken():
+        problems.append(info["reason"])
+    return info
 
 
 def _op(name: str, backends: tuple[str, ...], problems: list[str]) -> dict[str, Any]:

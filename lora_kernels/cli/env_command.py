@@ -18,6 +18,9 @@ examples:
   lora-kernels env
   lora-kernels env --json > environment.json"""
 
+# Facts about the native module that are said in words of their own; the rest is its build.
+_NATIVE_OWN = ("available", "isa", "machine_isas")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="as JSON, for scripts and bug reports")
@@ -77,11 +80,11 @@ def _gpu(gpu: dict[str, Any]) -> str:
 
 
 def _native(native: dict[str, Any]) -> str:
-    if not native["loads"]:
+    if not native["available"]:
         return native["reason"]
-    build = ", ".join(f"{key} {value}" for key, value in native["build"].items())
-    isa = native["isa"]
-    return f"loaded; {isa['used']} of {', '.join(isa['machine'])}; built with {build}"
+    built = [f"{key} {native[key]}" for key in native if key not in _NATIVE_OWN]
+    used, machine = native["isa"], ", ".join(native["machine_isas"])
+    return f"uses {used} (machine: {machine}); built with {', '.join(built)}"
 
 
 def _table(rows: Iterable[Sequence[str]], indent: str = "") -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import types
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -87,35 +85,31 @@ def test_unusable_variable_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts["ops"]["lora_linear"]["backends"]["reference"]["self_check"] == "ok"
 
 
-def pretend_native(
-    monkeypatch: pytest.MonkeyPatch, load: Callable[[str], object]
-) -> tuple[dict, list[str]]:
-    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(environment.importlib, "import_module", load)
-    problems: list[str] = []
-    return environment._native(problems), problems
+@pytest.mark.parametrize(
+    ("reason", "problems"),
+    [
+        ("lora_kernels._C is not built (...)", []),
+        ("lora_kernels._C cannot be loaded: undefined symbol", ["undefined symbol"]),
+        ("lora_kernels._C was built for torch 1.0 but torch 2.0 is installed", ["torch 1.0"]),
+    ],
+)
+def test_native_module_may_be_absent_but_not_broken(
+    monkeypatch: pytest.MonkeyPatch, reason: str, problems: list[str]
+) -> None:
+    monkeypatch.setattr(environment.cpu_library, "load", lambda: (None, reason))
+    facts = lk.env()
+    assert len(facts["problems"]) == len(problems)
+    assert all(part in found for part, found in zip(problems, facts["problems"], strict=True))
+    assert facts["native"] == {"available": False, "reason": reason}
+    assert f"native module  {reason}" in as_text(facts)
+    assert facts["ops"]["lora_linear"]["backends"]["cpu"]["available"] is False
 
 
-def test_native_module_that_does_not_load_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(name: str) -> object:
-        raise ImportError("undefined symbol:\n _ZN2at6native")
-
-    native, problems = pretend_native(monkeypatch, load)
-    assert native["built"] and not native["loads"]
-    assert len(problems) == 1 and "undefined symbol: _ZN2at6native" in problems[0]
-
-
-def test_native_module_for_another_torch_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = types.SimpleNamespace(
-        torch_version="1.0.0", compiler="12", isa=lambda: "avx2", machine_isas=lambda: ["avx2"]
-    )
-    native, problems = pretend_native(monkeypatch, lambda name: module)
-    assert native["loads"] and native["isa"] == {"used": "avx2", "machine": ["avx2"]}
-    assert len(problems) == 1 and "1.0.0" in problems[0] and "build it again" in problems[0]
-
-
-def test_absent_native_module_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)
-    problems: list[str] = []
-    native = environment._native(problems)
-    assert not native["built"] and "not built" in native["reason"] and problems == []
+def test_native_module_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    info = {
+        "available": True, "torch": "2.13.0", "compiler": "12.2", "isa": "avx2",
+        "machine_isas": ["baseline", "avx2"],
+    }  # fmt: skip
+    monkeypatch.setattr(environment.cpu_library, "build_info", lambda: info)
+    text = as_text(lk.env())
+    assert "uses avx2 (machine: baseline, avx2); built with torch 2.13.0, compiler 12.2" in text
