@@ -147,6 +147,23 @@ def test_readme_without_markers_is_left_alone(result, tmp_path, content, capsys)
 
 
 @pytest.mark.slow
+def test_whole_training_step(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    from benchmarks import smollm2_step
+
+    out = tmp_path / "step.json"
+    tiny = ["--layers", "1", "--batch", "1", "--sequence", "9", "--rounds", "2"]
+    assert smollm2_step.main([*tiny, "--json", str(out)]) == 0
+    made = json.loads(out.read_text())
+    assert made["fused_layers"] == made["total_layers"] == 7
+    assert [row["provider"] for row in made["rows"]] == list(smollm2_step.PROVIDERS)
+    assert all(len(row["losses"]) == 4 for row in made["rows"])
+    text = (record.RESULTS / "README.md").read_text()
+    assert all(f"`{key}`" in text for key in {*made, *made["rows"][0]})
+
+
+@pytest.mark.slow
 def test_memory_of_the_frozen_layer_is_its_tensors():
     from benchmarks import memory
 

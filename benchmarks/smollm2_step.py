@@ -1,0 +1,187 @@
+"""A whole training step of a SmolLM2-135M-shaped Llama, all linears adapted, against stock PEFT.
+
+    python -m benchmarks.smollm2_step [--dtype bf16] [--batch 4] [--sequence 128] [--rank 16]
+        [--dropout 0] [--rounds 8] [--json OUT]
+
+Two models from one seed, one of them through ``lk.apply``, take turns on the same batches: forward,
+loss, backward, AdamW on the adapters. The weights are random; the arithmetic does not depend on
+them. Before any time is taken, loss and every adapter gradient of a two-layer model of the same
+widths are held to an fp64 oracle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lora_kernels as lk
+from benchmarks import machine, record
+from benchmarks.timing import measure
+from lora_kernels.testing import BudgetExceededError, assert_within_budget
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SHAPE = {
+    "hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3,
+    "intermediate_size": 1536, "vocab_size": 49152, "max_position_embeddings": 2048,
+}  # fmt: skip
+LAYERS = 30
+PROVIDERS = ("peft", "lora_kernels")
+
+
+def build(options: argparse.Namespace, layers: int, dtype: torch.dtype) -> nn.Module:
+    """The same random model at every call; B is not zero. PEFT keeps the adapter in fp32."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        num_hidden_layers=layers, tie_word_embeddings=True, use_cache=False, **SHAPE
+    )
+    model = LlamaForCausalLM(config).to(DTYPES[options.dtype])
+    lora = LoraConfig(
+        r=options.rank,
+        lora_alpha=options.rank,
+        lora_dropout=options.dropout,
+        target_modules="all-linear",
+        init_lora_weights=False,
+    )
+    made = get_peft_model(model, lora).train()
+    return made.double() if dtype == torch.float64 else made
+
+
+def batches(options: argparse.Namespace, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    shape = (count, options.batch, options.sequence)
+    return torch.randint(SHAPE["vocab_size"], shape, generator=generator)
+
+
+def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Next-token cross-entropy in fp32, as transformers has it; in fp64 for the oracle."""
+    logits = model(input_ids=tokens).logits[:, :-1]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def gradients(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
+    loss = loss_of(model, tokens)
+    loss.backward()
+    named = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    return {"loss": loss.detach(), **named}
+
+
+def check(options: argparse.Namespace) -> float:
+    """Worst share of the error budget over loss and gradients; without dropout."""
+    options = argparse.Namespace(**{**vars(options), "dropout": 0.0})
+    tokens = batches(options, 1)[0]
+    dtype = DTYPES[options.dtype]
+    oracle = gradients(build(options, 2, torch.float64), tokens)
+    plain = gradients(build(options, 2, dtype), tokens)
+    fused = build(options, 2, dtype)
+    lk.apply(fused)
+    shares = []
+    for name, t in gradients(fused, tokens).items():
+        margin = assert_within_budget(t, oracle[name], plain[name].to(dtype), name)
+        shares.append(max(margin.max_norm, margin.rms))
+    return max(shares)
+
+
+class Trainer:
+    """One model with its optimizer; every call is a step on the next batch."""
+
+    def __init__(self, model: nn.Module, data: Tensor) -> None:
+        self.model, self.data, self.steps = model, data, 0
+        self.losses: list[float] = []
+        self.optimizer = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad], lr=1e-4
+        )
+
+    def step(self) -> None:
+        loss = loss_of(self.model, self.data[self.steps % len(self.data)])
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.losses.append(loss.item())
+        self.steps += 1
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.smollm2_step")
+    parser.add_argument("--dtype", default="bf16", choices=sorted(DTYPES))
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--sequence", type=int, default=128)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--json", type=Path, help="default: benchmarks/results/<device>/...")
+    options = parser.parse_args(argv)
+    for name in ("batch", "sequence", "rank", "rounds", "layers"):
+        if getattr(options, name) < 1:
+            parser.error(f"argument --{name}: must be at least 1")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    options = parse(argv)
+    try:
+        share = check(options)
+    except BudgetExceededError as error:
+        print(f"WRONG, not timed: {error}", file=sys.stderr)
+        return 1
+    print(f"correct: loss and gradients use at most {share:.2f} of the error budget")
+    data = batches(options, 4)
+    models = {name: build(options, options.layers, DTYPES[options.dtype]) for name in PROVIDERS}
+    report = lk.apply(models["lora_kernels"])
+    trainers = {name: Trainer(model, data) for name, model in models.items()}
+    timings = measure(
+        {name: trainer.step for name, trainer in trainers.items()},
+        "peft",
+        rounds=options.rounds,
+        round_seconds=0.0,
+        warm_up=2,
+    )
+    layers = report.to_dict()["layers"]
+    fused = sum(layer["status"] == "fused" for layer in layers)
+    result: dict[str, Any] = {
+        "schema": record.SCHEMA, "op": "smollm2_step",
+        **machine.describe("benchmarks.smollm2_step", argv),
+        "rank": options.rank, "dropout": options.dropout, "rounds": options.rounds,
+        "dtype": options.dtype, "batch": options.batch, "sequence": options.sequence,
+        "layers": options.layers, "fused_layers": fused, "total_layers": len(layers),
+        "share_of_error_budget": share,
+        "rows": [
+            {
+                "provider": name,
+                "seconds": t.seconds.median,
+                "iqr_seconds": [t.seconds.q1, t.seconds.q3],
+                "ratio": t.ratio.median,
+                "ratio_iqr": [t.ratio.q1, t.ratio.q3],
+                "first_call_seconds": t.first_call,
+                "losses": trainers[name].losses,
+            }
+            for name, t in timings.items()
+        ],
+    }  # fmt: skip
+    print(f"{'provider':14} {'s/step':>8} {'IQR':>15} {'ratio':>6} {'first loss':>11} {'last':>8}")
+    for row in result["rows"]:
+        low, high = row["iqr_seconds"]
+        print(
+            f"{row['provider']:14} {row['seconds']:8.3f} {low:7.3f}-{high:<7.3f} "
+            f"{row['ratio']:6.2f} {row['losses'][0]:11.4f} {row['losses'][-1]:8.4f}"
+        )
+    speedup = 1.0 / result["rows"][1]["ratio"]
+    print(f"speed-up {speedup:.2f}x, {fused} of {len(layers)} layers fused")
+    path = options.json or record.default_path(result)
+    record.save(path, result)
+    print(f"record: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
