@@ -1,0 +1,162 @@
+"""The compiled CPU backend: every instruction set of this machine, threads, packed weights."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lora_kernels._backends import cpu
+from lora_kernels.errors import InvalidArgumentError
+from lora_kernels.ops.lora_linear import packing
+from lora_kernels.testing import (
+    LAYOUTS,
+    check_lora_linear,
+    lora_linear_inputs,
+    lora_linear_op,
+    poisoned_empty,
+)
+
+library, reason = cpu.load()
+pytestmark = pytest.mark.skipif(library is None, reason=reason)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ISAS = library.machine_isas() if library is not None else ["none"]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    library.set_isa_limit(request.param)
+    yield request.param
+    library.set_isa_limit("")
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _no_copies() -> Iterator[None]:
+    packing.set_pack_policy(None)
+    yield
+    packing.set_pack_policy(None)
+
+
+def check(*args, **kwargs) -> None:
+    with poisoned_empty():
+        check_lora_linear(lora_linear_inputs(*args, **kwargs), "cpu", "xab")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("m", "k", "n", "r"),
+    [(1, 1, 1, 1), (3, 31, 33, 3), (33, 64, 128, 16), (129, 130, 67, 12), (70, 520, 257, 100)],
+)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_every_isa(isa, dtype, m, k, n, r, dropout_p):
+    assert library.isa() == isa
+    check(m, k, n, r, dtype, dropout_p=dropout_p)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_on_every_isa(isa, dtype, layout):
+    check((3, 11), 70, (45, 18), (12, 5), dtype, layout=layout, adapter_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 2, 129, 1030])
+def test_threads(threads, dtype, m):
+    """More threads than rows, than cores; the work splits differently, the answer must hold."""
+    for count in (1, 2, 3, 7):
+        torch.set_num_threads(count)
+        check(m, 130, 96, 8, dtype, dropout_p=0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward_does_not_depend_on_threads(threads, dtype):
+    inputs = lora_linear_inputs(517, 130, 96, 8, dtype, dropout_p=0.1)
+    results = []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        results.append(lora_linear_op(inputs, "cpu"))
+    for other in results[1:]:
+        assert torch.equal(results[0].ys[0], other.ys[0])
+        assert torch.equal(results[0].dx, other.dx)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_long_sums_in_fp32(dtype):
+    """Rounding must not grow with the length of a sum faster than in the library GEMMs."""
+    check(8200, 33, 34, 4, dtype)
+    check(5, 8200, 6, 4, dtype)
+    check(5, 6, 8200, 4, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_policies_give_the_same_bits(dtype):
+    inputs = lora_linear_inputs(70, 130, 96, 8, dtype)
+    results = []
+    for policy in packing.POLICIES:
+        packing.set_pack_policy(policy)
+        results += [lora_linear_op(inputs, "cpu", "xab").named() for _ in range(2)]
+    for other in results[1:]:
+        assert all(torch.equal(t, other[name]) for name, t in results[0].items())
+
+
+def test_price_of_copies_is_reported_and_given_back():
+    inputs = lora_linear_inputs(33, 256, 512, 8, torch.bfloat16)
+    lora_linear_op(inputs, "cpu", "")
+    forward = packing.packed_bytes()
+    assert forward >= 2 * 256 * 512
+    lora_linear_op(inputs, "cpu", "xab")
+    assert packing.packed_bytes() >= forward + 2 * 256 * 512
+    inputs.weights.clear()
+    gc.collect()
+    assert packing.packed_bytes() == 0
+
+
+def test_never_keeps_nothing():
+    packing.set_pack_policy("never")
+    lora_linear_op(lora_linear_inputs(33, 256, 512, 8, torch.bfloat16), "cpu", "xab")
+    assert packing.packed_bytes() == 0
+
+
+def test_budget_is_kept(monkeypatch):
+    monkeypatch.setenv("LORA_KERNELS_PACK_BYTES", str(3 * 2 * 128 * 128))
+    kept = [
+        lora_linear_inputs(33, 128, 128, 8, torch.bfloat16, generator_seed=seed)
+        for seed in range(6)
+    ]
+    for inputs in kept:
+        check_lora_linear(inputs, "cpu", "xab")
+    assert 0 < packing.packed_bytes() <= 3 * 2 * 128 * 128
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("LORA_KERNELS_PACK", "often"), ("LORA_KERNELS_PACK_BYTES", "2GB")]
+)
+def test_bad_packing_variables_are_named(monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(InvalidArgumentError, match=f"{variable}='{value}'") as caught:
+        lora_linear_op(lora_linear_inputs(33, 128, 128, 8, torch.bfloat16), "cpu", "")
+    assert "\n" not in str(caught.value)
+
+
+def test_variable_lowers_the_isa():
+    code = "from lora_kernels._backends.cpu import load; print(load()[0].isa())"
+    for name in (ISAS[0], ISAS[-1]):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "LORA_KERNELS_CPU_ISA": name},
+        )
+        assert done.stdout.strip() == name, done.stderr
