@@ -15,6 +15,7 @@ from lora_kernels._version import __version__
 from lora_kernels.errors import LoraKernelsError
 from lora_kernels.ops import explain
 from lora_kernels.ops._registry import OPS
+from lora_kernels.ops.lora_linear import budget_bytes, pack_policy, packed_bytes
 from lora_kernels.selfcheck import TYPICAL, self_check
 
 PACKAGES = ("torch", "triton", "peft", "transformers", "accelerate", "safetensors",
@@ -28,13 +29,13 @@ def env() -> dict[str, Any]:
     Returns:
         ``lora_kernels``: version; ``status``: ``ok`` or ``broken``; ``problems``: a line for each
         thing that should work and does not; ``platform``, ``cpu``, ``gpu``, ``native``,
-        ``packages`` (None where absent), ``environment`` (the variables that are set),
-        ``ops``: per op the choice of `auto` for typical shapes, and per backend
-        ``{"available", "reason", "self_check"}``, where the last is ``ok``, an error, or None
-        when the backend is not available.
+        ``packing`` (policy and bytes of packed weights in this process), ``packages`` (None where
+        absent), ``environment`` (the variables that are set), ``ops``: per op the choice of
+        `auto` for typical shapes, and per backend ``{"available", "reason", "self_check"}``,
+        where the last is ``ok``, an error, or None when the backend is not available.
     """
     problems: list[str] = []
-    native = _native(problems)
+    native, packing = _native(problems), _packing(problems)
     ops = {spec.name: _op(spec.name, spec.backends, problems) for spec in OPS}
     return {
         "lora_kernels": __version__,
@@ -48,6 +49,7 @@ def env() -> dict[str, Any]:
         "cpu": _cpu(),
         "gpu": _gpu(),
         "native": native,
+        "packing": packing,
         "ops": ops,
         "packages": {name: _version(name) for name in PACKAGES},
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_PREFIX)},
@@ -95,6 +97,14 @@ def _native(problems: list[str]) -> dict[str, Any]:
     if cpu_library.broken():
         problems.append(info["reason"])
     return info
+
+
+def _packing(problems: list[str]) -> dict[str, Any]:
+    try:
+        return {"policy": pack_policy(), "bytes": packed_bytes(), "budget_bytes": budget_bytes()}
+    except LoraKernelsError as e:
+        problems.append(str(e))
+        return {"policy": None, "bytes": packed_bytes(), "budget_bytes": None}
 
 
 def _op(name: str, backends: tuple[str, ...], problems: list[str]) -> dict[str, Any]:

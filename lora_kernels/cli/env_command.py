@@ -46,6 +46,7 @@ def as_text(facts: dict[str, Any]) -> str:
         ("cpu units", " ".join(cpu["units"]) or "none of avx2, avx512, amx"),
         ("gpu", _gpu(facts["gpu"])),
         ("native module", _native(native)),
+        ("packed weights", _packing(facts["packing"])),
     ]
     sections = [_table(general)]
     for op, answer in facts["ops"].items():
@@ -85,6 +86,14 @@ def _native(native: dict[str, Any]) -> str:
     built = [f"{key} {native[key]}" for key in native if key not in _NATIVE_OWN]
     used, machine = native["isa"], ", ".join(native["machine_isas"])
     return f"uses {used} (machine: {machine}); built with {', '.join(built)}"
+
+
+def _packing(packing: dict[str, Any]) -> str:
+    if packing["policy"] is None:
+        return "unusable, see below"
+    kept = f"{packing['bytes'] / 2**20:.1f} MiB kept now"
+    budget = f", budget {packing['budget_bytes'] / 2**30:.1f} GiB"
+    return f"policy {packing['policy']}{budget if packing['policy'] == 'auto' else ''}, {kept}"
 
 
 def _table(rows: Iterable[Sequence[str]], indent: str = "") -> str:

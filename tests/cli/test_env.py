@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -60,6 +61,17 @@ def test_set_variables_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "LORA_KERNELS_DISABLE  nothing" in as_text(facts)
 
 
+def test_packing_is_described_and_its_policy_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_KERNELS_PACK_BYTES", str(3 * 2**30))
+    facts = lk.env()
+    assert facts["packing"]["policy"] == "auto" and facts["packing"]["budget_bytes"] == 3 * 2**30
+    assert "policy auto, budget 3.0 GiB" in as_text(facts)
+    monkeypatch.setenv("LORA_KERNELS_PACK", "sometimes")
+    facts = lk.env()
+    assert facts["status"] == "broken" and "'sometimes'" in facts["problems"][0]
+    assert "packed weights  unusable" in as_text(facts)
+
+
 def test_backend_that_gives_wrong_numbers_is_broken(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,7 +113,7 @@ def test_native_module_may_be_absent_but_not_broken(
     assert len(facts["problems"]) == len(problems)
     assert all(part in found for part, found in zip(problems, facts["problems"], strict=True))
     assert facts["native"] == {"available": False, "reason": reason}
-    assert f"native module  {reason}" in as_text(facts)
+    assert re.search(rf"^native module +{re.escape(reason)}$", as_text(facts), re.MULTILINE)
     assert facts["ops"]["lora_linear"]["backends"]["cpu"]["available"] is False
 
 
