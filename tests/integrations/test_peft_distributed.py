@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from peft_models import Calls, mlp
+from peft_models import Calls, as_fp64, mlp
 from torch import nn
 
 import lora_kernels as lk
 from lora_kernels.integrations.peft import FusedLoraLinear, fallback, linear
+from lora_kernels.testing import assert_within_budget
 
 pytestmark = pytest.mark.slow
 _ROWS = 6
@@ -100,27 +102,33 @@ def _worker(rank: int, wrapper: str, folder: str) -> None:
     store = dist.FileStore(f"{folder}/store", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     try:
-        calls = _count_calls()
-        base = mlp()
-        model = WRAPPERS[wrapper](base)
-        share = _inputs()[rank * _ROWS : (rank + 1) * _ROWS]
-        model(share).square().mean().backward()
-        assert calls.take() == 3, "not every layer ran fused"
-        assert not fallback._warned
-        gradients = _gradients(model)
-        restored = lk.unapply(model)
-        left = [type(m) for m in base.modules() if isinstance(m, FusedLoraLinear)]
+        result = _train_step(rank, WRAPPERS[wrapper])
         if rank == 0:
-            torch.save((gradients, restored, len(left)), f"{folder}/result.pt")
+            torch.save(result, f"{folder}/result.pt")
+        # DDP's reducer must be gone by now: when it is the last to hold the process group, its
+        # destructor can wait for a thread of gloo that waits for the interpreter lock.
+        gc.collect()
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
+def _train_step(rank: int, wrap: Callable[[nn.Module], nn.Module]) -> tuple[object, ...]:
+    """Gradients, the number of layers that unapply restored, and of those it left fused."""
+    calls = _count_calls()
+    base = mlp()
+    model = wrap(base)
+    share = _inputs()[rank * _ROWS : (rank + 1) * _ROWS]
+    model(share).square().mean().backward()
+    assert calls.take() == 3, "not every layer ran fused"
+    assert not fallback._warned
+    gradients = _gradients(model)
+    restored = lk.unapply(model)
+    return gradients, restored, sum(isinstance(m, FusedLoraLinear) for m in base.modules())
+
+
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_gradients_of_two_processes_are_those_of_one(wrapper: str, tmp_path: Path) -> None:
-    from peft_models import as_fp64
-
-    from lora_kernels.testing import assert_within_budget
 
     def one_process(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
         model(x).square().mean().backward()
