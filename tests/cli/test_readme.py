@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+import lora_kernels as lk
 from lora_kernels.ops import _registry
 
 ROOT = Path(__file__).parents[2]
@@ -43,3 +48,31 @@ def test_links_lead_somewhere() -> None:
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    shape = transformers.BertConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=24,
+    )  # fmt: skip
+    made: dict[str, Any] = {
+        "lk": lk, "nn": nn, "base": transformers.BertModel(shape), "x": torch.randn(5, 8),
+        "weight": torch.randn(6, 8), "lora_a": torch.randn(2, 8), "lora_b": torch.randn(6, 2),
+        "bias": torch.randn(6), "scaling": 0.5, "trainer": SimpleNamespace(train=lambda: None),
+    }  # fmt: skip
+    for name in ("weight", "lora_a", "lora_b", "scaling"):
+        made[name + "s"] = [made[name]] * 3
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        if "replace_modules" in block:
+            made["model"] = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+        exec(block, made)
+    assert made["y"].shape == made["q"].shape == (5, 6)
+    assert len(made["report"].to_dict()["layers"]) == 7
+    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
