@@ -122,9 +122,19 @@ def test_layer_state_is_untouched() -> None:
     assert list(model.state_dict()) == keys
 
 
-def test_only_forward_is_overridden() -> None:
-    assert {n for n in vars(FusedLoraLinear) if not n.startswith("_")} == {"forward"}
+def test_only_forward_and_the_repr_are_overridden() -> None:
+    own = {name for name in vars(FusedLoraLinear) if not name.startswith(("__", "_abc"))}
+    assert own == {"forward", "_get_name", "extra_repr"}
     assert FusedLoraLinear.__mro__[1] is Linear
+
+
+def test_repr_is_that_of_peft_with_a_note() -> None:
+    up = layer(mlp(), "up")
+    stock = repr(up)
+    lk.apply(up)
+    lines = repr(up).splitlines()
+    assert lines.pop(1).strip() == "forward fused by lora_kernels"
+    assert "\n".join(lines) == stock
 
 
 def _round_trip(model: nn.Module, how: str) -> nn.Module:

@@ -18,7 +18,7 @@ _NEUTRAL = ("adapter_names", *VARIANT_KWARG_KEYS)
 
 
 class FusedLoraLinear(Linear):
-    """``peft.tuners.lora.layer.Linear`` with another forward and nothing else.
+    """``peft.tuners.lora.layer.Linear`` with another forward, and a line in its repr that says so.
 
     Adds no state: modules become this class and return by assignment of ``__class__``, and state
     dicts, checkpoints, merging and adapter management are PEFT's. Everything that forward depends
@@ -46,6 +46,12 @@ class FusedLoraLinear(Linear):
         if reason:
             call_falls_back(reason)
         return Linear.forward(self, x, *args, **kwargs)  # not super(): see conversion._swap
+
+    def _get_name(self) -> str:
+        return Linear.__name__  # printed as lora.Linear, which callers may look for
+
+    def extra_repr(self) -> str:
+        return "forward fused by lora_kernels"
 
 
 def _adapter_of_call(
