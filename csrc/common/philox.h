@@ -1,8 +1,12 @@
-// Philox4x32-7, scalar form, and the dropout decision built on it (definition:
+// Philox4x32-7 and the dropout decision built on it (definition:
 // lora_kernels/ops/_philox.py; Salmon et al., SC 2011). No torch headers.
 #pragma once
 
 #include <cstdint>
+
+#if defined(__AVX512BW__)
+#include <immintrin.h>
+#endif
 
 namespace lora_kernels {
 
@@ -12,6 +16,52 @@ struct DropoutParams {
 };
 
 namespace {
+
+#if defined(__AVX512BW__)
+
+// High and low halves of the 16 products a * b.
+inline void multiply_wide(__m512i a, __m512i b, __m512i& high, __m512i& low) {
+  const __m512i even = _mm512_mul_epu32(a, b);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), b);
+  high = _mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
+  low = _mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
+}
+
+// Keep bits of the 128 columns [128 * block, 128 * block + 128) of one row: bit c of keep[c / 32].
+inline void philox_keep_block(const DropoutParams& d, uint32_t row, uint32_t block,
+                              uint32_t stream, uint32_t keep[4]) {
+  if (d.threshold > 0xffffu) {
+    keep[0] = keep[1] = keep[2] = keep[3] = 0;
+    return;
+  }
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i m0 = _mm512_set1_epi32(static_cast<int>(0xD2511F53u));
+  const __m512i m1 = _mm512_set1_epi32(static_cast<int>(0xCD9E8D57u));
+  __m512i c0 = _mm512_add_epi32(lane, _mm512_set1_epi32(static_cast<int>(16 * block)));
+  __m512i c1 = _mm512_set1_epi32(static_cast<int>(row));
+  __m512i c2 = _mm512_set1_epi32(static_cast<int>(stream));
+  __m512i c3 = _mm512_setzero_si512();
+  uint32_t k0 = d.key[0], k1 = d.key[1];
+  for (int round = 0; round < 7; ++round) {
+    __m512i high0, low0, high1, low1;
+    multiply_wide(c0, m0, high0, low0);
+    multiply_wide(c2, m1, high1, low1);
+    constexpr int kXor3 = 0x96;
+    c0 = _mm512_ternarylogic_epi32(high1, c1, _mm512_set1_epi32(static_cast<int>(k0)), kXor3);
+    c2 = _mm512_ternarylogic_epi32(high0, c3, _mm512_set1_epi32(static_cast<int>(k1)), kXor3);
+    c1 = low1;
+    c3 = low0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  const __m512i threshold = _mm512_set1_epi16(static_cast<short>(d.threshold));
+  keep[0] = _mm512_cmpge_epu16_mask(c0, threshold);
+  keep[1] = _mm512_cmpge_epu16_mask(c1, threshold);
+  keep[2] = _mm512_cmpge_epu16_mask(c2, threshold);
+  keep[3] = _mm512_cmpge_epu16_mask(c3, threshold);
+}
+
+#else
 
 // Keep bits of the 128 columns [128 * block, 128 * block + 128) of one row: bit c of keep[c / 32].
 inline void philox_keep_block(const DropoutParams& d, uint32_t row, uint32_t block,
@@ -49,6 +99,8 @@ inline void philox_keep_block(const DropoutParams& d, uint32_t row, uint32_t blo
     keep[w] = bits;
   }
 }
+
+#endif
 
 }  // namespace
 }  // namespace lora_kernels

@@ -9,6 +9,8 @@
 // fp32 inside the forward.
 #pragma once
 
+#include <type_traits>
+
 #include "lora_linear.h"
 
 namespace lora_kernels::lora_linear {
@@ -37,10 +39,39 @@ inline void store_vec(float* p, Vec v) { *reinterpret_cast<VecU*>(p) = v; }
 inline IVec lanes_of(uint32_t bits, int first) {
   IVec lane;
   for (int l = 0; l < LK_LANES; ++l) lane[l] = l;
-  const UVec spread = UVec{} + (bits >> first);
+  const UVec spread = (bits >> first) - UVec{};
   return -(IVec)((spread >> (UVec)lane) & 1u);
 }
 inline Vec select(IVec keep, Vec v) { return (Vec)((IVec)v & keep); }
+
+// MR consecutive fp32 values, and the transpose of MR of them by rounds of perfect shuffles.
+typedef float Row __attribute__((vector_size(LK_MR * 4)));
+typedef float RowU __attribute__((vector_size(LK_MR * 4), aligned(4), may_alias));
+typedef int32_t RowIndex __attribute__((vector_size(LK_MR * 4)));
+
+inline Row load_row(const float* p) { return *reinterpret_cast<const RowU*>(p); }
+template <class Element>
+inline Row load_row(const Element* p) {
+  Row v;
+  for (int l = 0; l < LK_MR; ++l) v[l] = to_float(p[l]);
+  return v;
+}
+
+inline void transpose(Row v[LK_MR]) {
+  RowIndex low, high;
+  for (int l = 0; l < LK_MR; ++l) {
+    low[l] = l / 2 + (l % 2) * LK_MR;
+    high[l] = low[l] + LK_MR / 2;
+  }
+  for (int round = 1; round < LK_MR; round *= 2) {
+    Row t[LK_MR];
+    for (int i = 0; i < LK_MR / 2; ++i) {
+      t[2 * i] = __builtin_shuffle(v[i], v[i + LK_MR / 2], low);
+      t[2 * i + 1] = __builtin_shuffle(v[i], v[i + LK_MR / 2], high);
+    }
+    for (int i = 0; i < LK_MR; ++i) v[i] = t[i];
+  }
+}
 
 template <class Element>
 struct FmaEngine {
@@ -55,13 +86,18 @@ struct FmaEngine {
   static void leave() {}
 
   static void pack_a(const T* src, int64_t ld, int64_t rows, int64_t k, float* dst) {
-    if (rows < MR) std::fill(dst, dst + k * MR, 0.0f);
-    constexpr int64_t kBlock = 64;
-    for (int64_t k0 = 0; k0 < k; k0 += kBlock) {
-      const int64_t k1 = std::min(k, k0 + kBlock);
-      for (int64_t i = 0; i < rows; ++i) {
-        const T* s = src + i * ld;
-        for (int64_t kk = k0; kk < k1; ++kk) dst[kk * MR + i] = to_float(s[kk]);
+    int64_t kk = 0;
+    if (rows == MR) {
+      for (; kk + MR <= k; kk += MR) {
+        Row v[MR];
+        for (int i = 0; i < MR; ++i) v[i] = load_row(src + i * ld + kk);
+        transpose(v);
+        for (int i = 0; i < MR; ++i) *reinterpret_cast<RowU*>(dst + (kk + i) * MR) = v[i];
+      }
+    }
+    for (; kk < k; ++kk) {
+      for (int64_t i = 0; i < MR; ++i) {
+        dst[kk * MR + i] = i < rows ? to_float(src[i * ld + kk]) : 0.0f;
       }
     }
   }
@@ -95,9 +131,22 @@ struct FmaEngine {
                           const uint32_t* masks, int64_t n0, int64_t ldmask, TB* dst) {
     for (int64_t kk = 0; kk < k; ++kk, dst += width) {
       const Src* s = src + kk * ld;
-      const uint32_t* m = masks == nullptr ? nullptr : masks + kk * ldmask;
-      for (int64_t j = 0; j < width; ++j) {
-        const bool keep = j < n && (m == nullptr || ((m[(n0 + j) / 32] >> ((n0 + j) % 32)) & 1u));
+      int64_t j = 0;
+      if constexpr (std::is_same_v<TB, float>) {
+        for (; j + VL <= n; j += VL) {
+          Vec v = load(s + j);
+          if (masks != nullptr) {
+            const int64_t column = n0 + j;
+            const uint32_t word = masks[kk * ldmask + column / 32];
+            v = select(lanes_of(word, static_cast<int>(column % 32)), v);
+          }
+          store_vec(dst + j, v);
+        }
+      }
+      for (; j < width; ++j) {
+        const int64_t column = n0 + j;
+        const bool keep = j < n && (masks == nullptr ||
+                                    ((masks[kk * ldmask + column / 32] >> (column % 32)) & 1u));
         from_float(keep ? to_float(s[j]) : 0.0f, dst[j]);
       }
     }
@@ -135,9 +184,9 @@ struct FmaEngine {
         __builtin_prefetch(b + 16 * NVEC * VL);
 #pragma GCC unroll 16
         for (int i = 0; i < MR; ++i) {
-          const Vec av = Vec{} + a[i];
+          const float ai = a[i];
 #pragma GCC unroll 4
-          for (int v = 0; v < NVEC; ++v) acc[i][v] += av * bv[v];
+          for (int v = 0; v < NVEC; ++v) acc[i][v] += ai * bv[v];
         }
       }
     }
