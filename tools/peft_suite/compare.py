@@ -1,0 +1,51 @@
+"""The verdict: two runs of the same tests, one stock and one fused."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the plugin recorded: outcome per test, fused calls, fallback calls per reason."""
+
+    outcomes: dict[str, str]
+    fused_calls: int = 0
+    tests_with_fused_calls: int = 0
+    fallbacks: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Run:
+        return cls(**data)
+
+    def count(self, outcome: str) -> int:
+        return Counter(self.outcomes.values())[outcome]
+
+
+def problems(stock: Run, fused: Run, floor: int) -> list[str]:
+    """Why the fused run is not as good as the stock one; nothing when it is."""
+    found = []
+    if not stock.count("passed"):
+        found.append("no test passed stock: nothing was compared")
+    for test, outcome in stock.outcomes.items():
+        if outcome == "passed" and fused.outcomes.get(test) != "passed":
+            found.append(f"passes stock, {fused.outcomes.get(test, 'did not run')} fused: {test}")
+    if stock.fused_calls:
+        found.append(f"{stock.fused_calls} fused calls in the stock run, which should have none")
+    if fused.fused_calls < floor:
+        found.append(f"{fused.fused_calls} fused calls are fewer than the floor of {floor}")
+    return found
+
+
+def table(stock: Run, fused: Run) -> str:
+    columns = ("passed", "failed", "skipped", "fused calls")
+    lines = [f"{'':8}" + "".join(f"{c:>13}" for c in columns)]
+    for name, run in (("stock", stock), ("fused", fused)):
+        cells = [*(run.count(outcome) for outcome in columns[:3]), run.fused_calls]
+        lines.append(f"{name:8}" + "".join(f"{cell:>13}" for cell in cells))
+    lines.append(f"{fused.tests_with_fused_calls} tests called a fused layer")
+    calls = sorted(fused.fallbacks.items(), key=lambda item: -item[1])
+    lines += [f"{n:>8} calls ran PEFT's forward: {reason}" for reason, n in calls]
+    return "\n".join(lines)

@@ -1,0 +1,116 @@
+"""Run PEFT's tests stock and fused, print both counts, exit 1 when fused is worse."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from compare import Run, problems, table
+from sources import VERSION, SuiteError, suite_folder
+
+# Methods whose names contain "lora" and whose layers are not peft.tuners.lora.layer.Linear.
+_OTHERS = "adalora or delora or glora or gralora or randlora or tinylora or unilora or vblora"
+FULL = f"lora and not ({_OTHERS})"
+QUICK = f"{FULL} and (" + " or ".join(
+    (
+        "test_training_custom_models", "test_merge_layers", "test_disable_adapters",
+        "test_save_load_roundtrip", "TestMultipleActiveAdapters", "TestMixedAdapterBatches",
+        "TestLayerRepr",
+    )
+) + ") and not fsdp"  # fmt: skip
+# Fused calls of a run; the floors leave room for what another version of torch may skip.
+FLOORS = {FULL: 1, QUICK: 1}
+
+
+def run_suite(folder: Path, selection: str, *, fused: bool, backend: str, file: str) -> Run:
+    """One pytest process over `file` in `folder`; its result, whatever passed or failed.
+
+    Raises:
+        SuiteError: pytest ended without a result, or selected nothing.
+    """
+    tools = Path(__file__).resolve().parent
+    with tempfile.TemporaryDirectory() as scratch:
+        result = Path(scratch) / "result.json"
+        environment = os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_VERBOSITY": "error",
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            "PYTEST_ADDOPTS": "",
+            "PYTHONPATH": os.pathsep.join([str(tools), os.environ.get("PYTHONPATH", "")]),
+            "LORA_KERNELS_SUITE_RESULT": str(result),
+            "LORA_KERNELS_SUITE_FUSED": str(int(fused)),
+            "LORA_KERNELS_BACKEND": backend,
+            "LORA_KERNELS_STRICT": "",
+            "LORA_KERNELS_DISABLE": "",
+        }
+        command = [
+            sys.executable, "-m", "pytest", file, "-p", "plugin", "-p", "no:cacheprovider",
+            "-c", os.devnull, "--rootdir", str(folder), "-k", selection, "-q", "--tb=line",
+            "--no-header", "--disable-warnings", "--basetemp", f"{scratch}/tmp",
+        ]  # fmt: skip
+        log = Path(scratch) / "log"
+        with log.open("w") as stream:
+            subprocess.run(
+                command, cwd=folder, env=environment, stdout=stream, stderr=stream, check=False
+            )
+        lines = log.read_text().splitlines()
+        if not result.is_file():
+            tail = "\n".join(lines[-20:])
+            raise SuiteError(f"pytest ended without a result:\n{tail}")
+        run = Run.from_json(json.loads(result.read_text()))
+        if not run.outcomes:
+            raise SuiteError("no test was selected:\n" + "\n".join(lines[-20:]))
+        if run.count("failed"):
+            print("\n".join(line for line in lines if line.startswith("FAILED")))
+        return run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="run_peft_suite.sh", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a few hundred tests, for CI")
+    parser.add_argument("-k", metavar="EXPRESSION", help="another selection, as pytest -k")
+    parser.add_argument("--floor", type=int, help="least number of fused calls")
+    parser.add_argument("--backend", default="aten", help="of the fused run (default: aten)")
+    options = parser.parse_args(arguments)
+    selection = options.k or (QUICK if options.quick else FULL)
+    floor = FLOORS.get(selection, 1) if options.floor is None else options.floor
+    try:
+        installed = importlib.metadata.version("peft")
+        if installed != VERSION:
+            raise SuiteError(f"peft {installed} is installed; these are the tests of {VERSION}")
+        folder = suite_folder()
+        print(f"tests/test_custom_models.py of peft {VERSION}, -k {selection!r}", flush=True)
+        runs = []
+        for fused in (False, True):
+            start = time.perf_counter()
+            runs.append(
+                run_suite(
+                    folder, selection, fused=fused, backend=options.backend,
+                    file="tests/test_custom_models.py",
+                )
+            )  # fmt: skip
+            seconds = time.perf_counter() - start
+            print(f"{'fused' if fused else 'stock'} run: {seconds:.0f} s", flush=True)
+    except importlib.metadata.PackageNotFoundError:
+        print("peft is not installed; pip install 'lora-kernels[test]'", file=sys.stderr)
+        return 2
+    except SuiteError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(table(*runs))
+    found = problems(*runs, floor)
+    for line in found:
+        print(line)
+    print(f"{'FAILED' if found else 'passed'} (floor: {floor} fused calls)")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
