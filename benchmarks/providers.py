@@ -43,11 +43,15 @@ class Case:
     dropout_p: float = 0.0
 
     def inputs(self, adapter_dtype: torch.dtype | None = None) -> LoraLinearInputs:
-        """No bias and a seed of its own; the adapter in `adapter_dtype` or the dtype of x."""
-        return lora_linear_inputs(
+        """No bias. The adapter has the same values in `adapter_dtype` as in the dtype of x."""
+        i = lora_linear_inputs(
             self.M, self.K, self.N, self.rank, self.dtype,
-            adapter_dtype=adapter_dtype, bias=False, scaling=2.0, dropout_p=self.dropout_p,
+            bias=False, scaling=2.0, dropout_p=self.dropout_p,
         )  # fmt: skip
+        if adapter_dtype is None:
+            return i
+        a, b = ([t.to(adapter_dtype) for t in ts] for ts in (i.lora_as, i.lora_bs))
+        return replace(i, lora_as=a, lora_bs=b)
 
     def problem(self) -> object:
         return _registry.find("lora_linear").problem(

@@ -70,7 +70,7 @@ def test_a_wrong_provider_is_not_timed(monkeypatch, tmp_path, capsys):
     assert "not timed: WRONG" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["frozen", "peft", "peft-fp32", "aten", "aten-fp32"])
+@pytest.mark.parametrize("name", ["peft", "peft-fp32", "reference", "aten", "aten-fp32"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 def test_every_provider_passes_the_gate(name, dropout_p):
     if name.startswith("peft"):
