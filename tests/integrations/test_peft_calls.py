@@ -84,7 +84,8 @@ def test_active_adapter_that_this_layer_lacks(
         fused = model(x)
     assert fused_calls.take() == 1 and not caplog.records
     lk.unapply(model)
-    assert torch.equal(fused, model(x))
+    reference = copy.deepcopy(model).double()(x.double())
+    assert_within_budget(fused, reference, model(x), "y")
 
 
 def test_mixed_batch(fused_calls: Calls, caplog: pytest.LogCaptureFixture) -> None:

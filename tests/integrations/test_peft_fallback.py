@@ -216,11 +216,21 @@ def test_subclass_of_lora_linear_stays_stock() -> None:
     assert entry.status == "stock" and "is a subclass of lora.Linear" in entry.reason
 
 
-def test_parameters_on_two_devices() -> None:
-    model = mlp()
-    layer(model, "up").lora_A.to("meta")
-    report = lk.apply(model)
-    assert report.layers[0].reason == "lora_A.weight is on meta but base_layer.weight is on cpu"
+def test_weights_on_meta_are_expected_to_be_loaded(
+    fused_calls: Calls, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, x = mlp(), torch.randn(5, 20)
+    up = layer(model, "up")
+    weight = up.lora_A["default"].weight.detach().clone()
+    up.lora_A.to("meta")
+    assert len(lk.apply(model).fused) == 3
+    with caplog.at_level(logging.WARNING, "lora_kernels"):
+        assert up(x).shape == (5, 37)
+    assert "lora_A.weight is on meta but base_layer.weight is on cpu" in caplog.text
+    up.lora_A["default"].weight = nn.Parameter(weight)
+    assert fused_calls.take() == 0
+    up(x)
+    assert fused_calls.take() == 1
 
 
 def test_forward_on_the_layer_instance_stays_stock() -> None:

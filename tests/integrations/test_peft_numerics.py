@@ -13,6 +13,14 @@ from lora_kernels.ops import _philox
 from lora_kernels.testing import BudgetExceededError, assert_within_budget
 
 
+@pytest.fixture(autouse=True, params=["auto", "aten"])
+def _backend(
+    request: pytest.FixtureRequest, fresh_warnings: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What users get, and the floor that every machine has."""
+    monkeypatch.setenv("LORA_KERNELS_BACKEND", request.param)
+
+
 def _layer_results(module: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> dict[str, torch.Tensor]:
     module.zero_grad(set_to_none=True)
     x = x.detach().clone().requires_grad_()

@@ -9,11 +9,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Run:
-    """What the plugin recorded: outcome per test, fused calls, fallback calls per reason."""
+    """What the plugin recorded.
+
+    Outcome per test; fused calls and the tests that made them; LoRA layers by what `apply` said of
+    them, ``fused`` or the reason; calls of fused layers that fell back, by reason.
+    """
 
     outcomes: dict[str, str]
     fused_calls: int = 0
     tests_with_fused_calls: int = 0
+    layers: dict[str, int] = field(default_factory=dict)
     fallbacks: dict[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -46,6 +51,10 @@ def table(stock: Run, fused: Run) -> str:
         cells = [*(run.count(outcome) for outcome in columns[:3]), run.fused_calls]
         lines.append(f"{name:8}" + "".join(f"{cell:>13}" for cell in cells))
     lines.append(f"{fused.tests_with_fused_calls} tests called a fused layer")
-    calls = sorted(fused.fallbacks.items(), key=lambda item: -item[1])
-    lines += [f"{n:>8} calls ran PEFT's forward: {reason}" for reason, n in calls]
+    for counts, what in (
+        (fused.layers, "LoRA layers"),
+        (fused.fallbacks, "calls of fused layers ran PEFT's forward"),
+    ):
+        ordered = sorted(counts.items(), key=lambda item: -item[1])
+        lines += [f"{n:>8} {what}: {reason}" for reason, n in ordered]
     return "\n".join(lines)

@@ -22,6 +22,7 @@ import pytest
 _outcomes: dict[str, str] = {}
 _fused_calls: Counter[str] = Counter()
 _fallbacks: Counter[str] = Counter()
+_layers: Counter[str] = Counter()
 _current = {"test": ""}
 
 
@@ -36,7 +37,8 @@ def _fuse_everything() -> None:
     @functools.wraps(inject)
     def inject_and_apply(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         result = inject(self, model, *args, **kwargs)
-        lora_kernels.apply(model)
+        for entry in lora_kernels.apply(model).layers:
+            _layers[entry.reason or "fused"] += 1
         return result
 
     @functools.wraps(op)
@@ -89,6 +91,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         "outcomes": _outcomes,
         "fused_calls": sum(_fused_calls.values()),
         "tests_with_fused_calls": len(_fused_calls),
+        "layers": dict(_layers),
         "fallbacks": dict(_fallbacks),
     }
     with open(target + ".part", "w") as stream:

@@ -135,8 +135,9 @@ def _adapter_reason(layer: Linear, adapter: str, sharded: bool) -> str:
     reason = eligibility.layer_reason(layer, adapter, parts)
     if reason:
         return reason
-    named = eligibility.named_parameters(parts)
-    if sharded:  # FSDP2 has gathered the shards by the time of a call, which checks again
+    # A call checks again; by then weights on meta are loaded and FSDP2 has gathered its shards.
+    named = [(n, t) for n, t in eligibility.named_parameters(parts) if not t.is_meta]
+    if sharded:
         named = [(n, t) for n, t in named if type(t).__name__ != "DTensor"]
     return eligibility.parameters_reason(named) if named else ""
 
