@@ -37,7 +37,7 @@ class Result:
             numbers = (c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))
             lines.append("  ".join([row[0].ljust(widths[0]), *numbers]))
         notes = [f"{r['examples']['test']} test examples, {r['steps']} steps, {r['precision']}, "
-                 f"{r['threads']} threads, {r['device']}"]  # fmt: skip
+                 f"{r['threads']} thread{'s' * (r['threads'] > 1)}, {r['device']}"]  # fmt: skip
         if r["layers"]:
             notes.append(f"{r['fused_layers']} of {r['total_layers']} layers fused")
         if r["speedup"] is not None:
