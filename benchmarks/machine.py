@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import shlex
 import subprocess
 from pathlib import Path
@@ -53,6 +54,7 @@ def describe(module: str, arguments: list[str]) -> dict[str, Any]:
             "capability": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
         },
+        "load": round(os.getloadavg()[0], 2),
         "torch": torch.__version__,
         "lora_kernels": lora_kernels.__version__,
         "commit": _git("rev-parse", "--short=12", "HEAD"),

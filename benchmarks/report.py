@@ -91,7 +91,7 @@ def chart(record: dict[str, Any], path: Path) -> None:
     shapes = len({shape_label(r) for r in timed})
     width = max(8.0, 1.1 + 0.26 * shapes * len(names))
     columns = max(1, int(width / 2.2))
-    header = 0.6 + 0.2 * -(-(len(names) + 1) // columns)  # title, subtitle, legend rows; inches
+    header = 0.42 + 0.19 * -(-(len(names) + 1) // columns)  # title, subtitle, legend rows; inches
     size = (width, header + 2.5 * len(panels))
     figure, axes = pyplot.subplots(len(panels), 1, figsize=size, squeeze=False)
     for ax, (dtype, mode) in zip(axes[:, 0], panels, strict=True):
