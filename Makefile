@@ -41,6 +41,8 @@ $(STAMPS)/packages: requirements/build.txt requirements/dev.txt requirements/dem
 	@touch $@
 
 $(STAMPS)/built: $(NATIVE) $(STAMPS)/packages
+	@command -v "$${CXX:-g++}" >/dev/null || \
+	  { echo "$${CXX:-g++} is not there; install g++ or set CXX to a C++20 compiler"; exit 1; }
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 

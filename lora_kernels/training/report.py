@@ -109,9 +109,9 @@ def _row(name: str, metric: float, seconds: float, step: float) -> str:
 def _method(report: dict[str, Any]) -> str:
     text = (
         f"lora_kernels {report['lora_kernels']}, torch {report['torch']}, Python "
-        f"{report['python']}, {report['device']}, CPU threads: {report['threads']}. Seconds are the "
-        "sum over all optimizer steps of forward, backward and update; loading data, evaluating "
-        "and saving are not in them. Before the clock starts, two training passes whose gradients "
+        f"{report['python']}, {report['device']}, CPU threads: {report['threads']}. Seconds are "
+        "the sum over all optimizer steps of forward, backward and update; loading data, "
+        "evaluating and saving are not in them. Before the clock starts, two training passes whose gradients "
         "are discarded create threads, library primitives and packed copies of frozen weights; "
         "then the seed is set again."
     )

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CODE = (
     *ROOT.glob("lora_kernels/**/*.py"), *ROOT.glob("csrc/**/*.cpp"), *ROOT.glob("csrc/**/*.h"),
-    ROOT / "setup.py",
+    *ROOT.glob("tools/**/*.py"), ROOT / "setup.py",
 )  # fmt: skip
 
 
