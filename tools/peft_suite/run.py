@@ -25,6 +25,7 @@ QUICK = f"{FULL} and (" + " or ".join(
         "TestLayerRepr",
     )
 ) + ") and not fsdp"  # fmt: skip
+_SHOWN = 20
 # Least number of fused calls: 822 and 356 were made when this was written.
 FLOORS = {FULL: 750, QUICK: 320}
 
@@ -67,8 +68,9 @@ def run_suite(folder: Path, selection: str, *, fused: bool, backend: str, file: 
         run = Run.from_json(json.loads(result.read_text()))
         if not run.outcomes:
             raise SuiteError("no test was selected:\n" + "\n".join(lines[-20:]))
+        errors = [line for line in lines if line.startswith(("/", "E  "))]
         if run.count("failed"):
-            print("\n".join(line for line in lines if line.startswith("FAILED")))
+            print("\n".join(["errors, the first three:", *errors[:3]]))
         return run
 
 
@@ -106,8 +108,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(table(*runs))
     found = problems(*runs, floor)
-    for line in found:
+    for line in found[:_SHOWN]:
         print(line)
+    if len(found) > _SHOWN:
+        print(f"and {len(found) - _SHOWN} more")
     print(f"{'FAILED' if found else 'passed'} (floor: {floor} fused calls)")
     return 1 if found else 0
 
