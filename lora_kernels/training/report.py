@@ -111,9 +111,9 @@ def _method(report: dict[str, Any]) -> str:
         f"lora_kernels {report['lora_kernels']}, torch {report['torch']}, Python "
         f"{report['python']}, {report['device']}, CPU threads: {report['threads']}. Seconds are "
         "the sum over all optimizer steps of forward, backward and update; loading data, "
-        "evaluating and saving are not in them. Before the clock starts, two training passes whose gradients "
-        "are discarded create threads, library primitives and packed copies of frozen weights; "
-        "then the seed is set again."
+        "evaluating and saving are not in them. Before the clock starts, two training passes "
+        "whose gradients are discarded create threads, library primitives and packed copies of "
+        "frozen weights; then the seed is set again."
     )
     if report["speedup"] is not None:
         text += (

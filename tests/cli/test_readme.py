@@ -25,6 +25,8 @@ CODE = (
 def test_every_variable_that_is_read_is_documented_and_no_other() -> None:
     pattern = re.compile(r"(?:environ|getenv)\b[^\n]*?[\"'](LORA_KERNELS_[A-Z_]+)[\"']")
     read = {name for path in CODE if path.exists() for name in pattern.findall(path.read_text())}
+    # What a tool tells its own child process is nobody's to set.
+    read = {name for name in read if not name.startswith("LORA_KERNELS_SUITE_")}
     documented = set(re.findall(r"^\| `(LORA_KERNELS_[A-Z_]+)`", README, re.MULTILINE))
     assert "LORA_KERNELS_BACKEND" in read
     assert documented == read
