@@ -172,7 +172,7 @@ struct FmaEngine {
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
-      for (int v = 0; v < NVEC; ++v) acc[i][v] = accumulate ? load(c + i * ldc + v * VL) : Vec{};
+      for (int v = 0; v < NVEC; ++v) acc[i][v] = Vec{};
     }
     for (int s = 0; s < count; ++s) {
       const float* __restrict__ a = segments[s].a;
@@ -193,7 +193,11 @@ struct FmaEngine {
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
-      for (int v = 0; v < NVEC; ++v) store_vec(c + i * ldc + v * VL, acc[i][v]);
+      for (int v = 0; v < NVEC; ++v) {
+        // Added last, so that the rounding of a long sum grows with its blocks, not its terms.
+        if (accumulate) acc[i][v] += load(c + i * ldc + v * VL);
+        store_vec(c + i * ldc + v * VL, acc[i][v]);
+      }
     }
   }
   static void micro(const Segment<FmaEngine>* segments, int count, int64_t, int64_t width, float* c,

@@ -65,13 +65,17 @@ int64_t strip_width(int64_t n, int64_t n0) {
   return std::min<int64_t>(E::NR, round_up(n - n0, E::NV));
 }
 
-// C[rows, n] = A B for one packed strip and a packed B of n columns, strip by strip.
+// C[rows, n] = A B for one packed strip and a packed B of n columns, strip by strip, in blocks of k.
 template <class E>
 void multiply_strip(const typename E::TA* a, const typename E::TB* b, int64_t k, int64_t n,
                     int64_t rows, float* c, int64_t ldc) {
   for (int64_t n0 = 0; n0 < n; n0 += E::NR) {
-    const Segment<E> segment{a, b + n0 * k, k};
-    E::micro(&segment, 1, rows, strip_width<E>(n, n0), c + n0, ldc, false);
+    const int64_t width = strip_width<E>(n, n0);
+    for (int64_t k0 = 0; k0 < k; k0 += E::K_BLOCK) {
+      const Segment<E> segment{a + k0 * E::MR, b + n0 * k + k0 * width,
+                               std::min<int64_t>(E::K_BLOCK, k - k0)};
+      E::micro(&segment, 1, rows, width, c + n0, ldc, k0 > 0);
+    }
   }
 }
 

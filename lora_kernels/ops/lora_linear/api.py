@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops import _dispatch
-from lora_kernels.ops.lora_linear import contract, validate
-from lora_kernels.ops.lora_linear.autograd import LoraLinearFunction
+from lora_kernels.ops.lora_linear import autograd, contract, validate
 
 
 def lora_linear(
@@ -109,7 +108,7 @@ def grouped_lora_linear(
                 float(dropout_p), seed, name, run_time_scalings,
             )  # fmt: skip
             return [_unflatten(y, x) for y in ys]
-    outputs = LoraLinearFunction.apply(
+    outputs = autograd.apply(
         rows,
         seed,
         tuple(scalings),

@@ -90,7 +90,9 @@ class LoraLinearFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad
         need_w, need_a, need_b, need_bias = (needs[6 + i * n : 6 + (i + 1) * n] for i in range(4))
         dys = [g if g.dtype == x.dtype else g.to(x.dtype) for g in grads[:n]]
-        dx, das, dbs = None, [], []
+        dx: Tensor | None = None
+        das: list[Tensor] = []
+        dbs: list[Tensor] = []
         if needs[0] or any(need_a) or any(need_b):
             dx, das, dbs = contract.bwd(
                 dys, x, weights, lora_as, lora_bs, s, list(ctx.scalings), ctx.dropout_p, seed,
@@ -100,10 +102,22 @@ class LoraLinearFunction(torch.autograd.Function):
                for dy, w, need in zip(dys, weights, need_w, strict=True)]  # fmt: skip
         triples = zip(dys, ctx.bias_dtypes, need_bias, strict=True)
         dbiases = [dy.sum(0, dtype=d) if need else None for dy, d, need in triples]
+        none = [None] * n
         return (
             dx if needs[0] else None, None, None, None, None, None,
             *dws,
-            *(d if need else None for d, need in zip(das or [None] * n, need_a, strict=True)),
-            *(d if need else None for d, need in zip(dbs or [None] * n, need_b, strict=True)),
+            *(d if need else None for d, need in zip(das or none, need_a, strict=True)),
+            *(d if need else None for d, need in zip(dbs or none, need_b, strict=True)),
             *dbiases,
         )  # fmt: skip
+
+
+def apply(*args: Any) -> tuple[Tensor, ...]:
+    """``LoraLinearFunction.apply``. In plain eager mode without the binding of arguments to the
+    signature, which torch does at each call for functorch and which costs more than a small
+    problem takes."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return LoraLinearFunction.apply(*args)
+    if not torch.is_grad_enabled():
+        return LoraLinearFunction.forward(*args)
+    return super(torch.autograd.Function, LoraLinearFunction).apply(*args)

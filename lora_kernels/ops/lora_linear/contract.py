@@ -10,8 +10,11 @@ torch.compile makes a constant of every float argument, so a changed scaling wou
 
 from __future__ import annotations
 
+import functools
 import importlib
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,11 +35,23 @@ _library.define(
 )
 
 
+def _no_autocast(device_type: str) -> AbstractContextManager[object]:
+    """The caller has settled every dtype; an autocast region must not change the inner GEMMs."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
 def _launcher(
     x: Tensor, weights: list[Tensor], lora_as: list[Tensor], dropout_p: float, backend: str
 ) -> ModuleType:
     problem = LoraLinearProblem.of(x, weights, lora_as, dropout_p)
     name, _ = choose(problem, backend)
+    return _backend_module(name)
+
+
+@functools.cache
+def _backend_module(name: str) -> ModuleType:
     module = {"triton": "triton_kernels"}.get(name, name)
     return importlib.import_module(f"lora_kernels.ops.lora_linear.{module}")
 
@@ -58,8 +73,7 @@ def _fwd(
     if run_time_scalings is not None:
         scalings = run_time_scalings.tolist()
     launcher = _launcher(x, weights, lora_as, dropout_p, backend)
-    # The caller has settled every dtype; an autocast region must not change the inner GEMMs.
-    with torch.autocast(x.device.type, enabled=False):
+    with _no_autocast(x.device.type):
         return launcher.lora_linear_fwd(
             x, weights, lora_as, lora_bs, biases, scalings, dropout_p, seed
         )
@@ -92,7 +106,7 @@ def _bwd(
     if run_time_scalings is not None:
         scalings = run_time_scalings.tolist()
     launcher = _launcher(x, weights, lora_as, dropout_p, backend)
-    with torch.autocast(x.device.type, enabled=False):
+    with _no_autocast(x.device.type):
         return launcher.lora_linear_bwd(
             dys, x, weights, lora_as, lora_bs, s, scalings, dropout_p, seed,
             need_dx, need_da, need_db,
@@ -144,5 +158,26 @@ for _key in ("CPU", "CUDA"):
 torch.library.register_fake("lora_kernels::lora_linear_fwd", _fwd_fake, lib=_library)
 torch.library.register_fake("lora_kernels::lora_linear_bwd", _bwd_fake, lib=_library)
 
-fwd = torch.ops.lora_kernels.lora_linear_fwd.default
-bwd = torch.ops.lora_kernels.lora_linear_bwd.default
+_fwd_op = torch.ops.lora_kernels.lora_linear_fwd.default
+_bwd_op = torch.ops.lora_kernels.lora_linear_bwd.default
+
+
+def _eager(x: Tensor) -> bool:
+    """Nobody watches the dispatcher, whose crossing costs more than a small problem takes."""
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and x.device.type in ("cpu", "cuda")
+    )
+
+
+def fwd(x: Tensor, *args: Any) -> tuple[list[Tensor], Tensor]:
+    """The registered forward op, called directly where nothing can tell the difference."""
+    return _fwd(x, *args) if _eager(x) else _fwd_op(x, *args)
+
+
+def bwd(dys: list[Tensor], x: Tensor, *args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The registered backward op, likewise."""
+    return _bwd(dys, x, *args) if _eager(x) else _bwd_op(dys, x, *args)

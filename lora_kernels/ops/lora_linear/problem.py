@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from lora_kernels._backends import cpu as cpu_library
 from lora_kernels.errors import InvalidArgumentError
 from lora_kernels.ops import _dispatch
 
@@ -87,16 +90,26 @@ def supports(backend: str, problem: LoraLinearProblem) -> tuple[bool, str]:
 
 def choose(problem: LoraLinearProblem, requested: str | None = None) -> tuple[str, str]:
     """(backend, reason) that would run `problem`."""
+    name = _dispatch.requested_backend(requested)
+    return _choose(problem, name, os.environ.get("LORA_KERNELS_DISABLE", ""), _cpu_isa())
 
-    def auto_supports(name: str) -> tuple[bool, str]:
-        able, why = supports(name, problem)
-        if able and name == "cpu":
+
+def _cpu_isa() -> str:
+    module, reason = cpu_library.load()
+    return reason if module is None else module.isa()
+
+
+@functools.lru_cache(maxsize=1024)
+def _choose(problem: LoraLinearProblem, name: str, disabled: str, cpu_isa: str) -> tuple[str, str]:
+    """Cached on all that the answer depends on; `disabled` and `cpu_isa` are only part of the key."""
+
+    def auto_supports(candidate: str) -> tuple[bool, str]:
+        if candidate == "cpu":
             from lora_kernels.ops.lora_linear import cpu
 
             return cpu.preferred(problem)
-        return able, why
+        return supports(candidate, problem)
 
-    name = _dispatch.requested_backend(requested)
     if name == "auto":
         return _dispatch.resolve("lora_linear", name, ("cpu",), auto_supports)
     return _dispatch.resolve("lora_linear", name, (), lambda b: supports(b, problem))
