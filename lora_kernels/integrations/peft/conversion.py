@@ -28,8 +28,9 @@ def apply(model: nn.Module) -> ApplyReport:
     or the adapter methods of transformers, trained or not. Only the class of a layer changes:
     parameters, state dict, saved adapters, merging, adapter switching and wrapping (DDP, FSDP2)
     are untouched. Calling it again looks at the model anew, which is needed only after layers
-    were added or when a layer that was stock has become fusable. Double backward and forward-mode
-    differentiation through a fused layer are not available.
+    were added or when a layer that was stock has become fusable. Forward-mode differentiation and
+    ``torch.func`` transforms run PEFT's forward; double backward raises. A model that is pickled
+    whole while fused needs this package to load; adapters saved by PEFT never do.
 
     ``LORA_KERNELS_DISABLE=apply`` (or ``lora_linear``) leaves every layer stock.
 
