@@ -80,7 +80,7 @@ struct FmaEngine {
   using TB = Element;
   static constexpr int VL = LK_LANES;
   static constexpr int MR = LK_MR, NR = 3 * VL, NV = VL, KR = 1;
-  static constexpr int ROWS = LK_ROWS, COLUMNS = 16 * NR, K_BLOCK = LK_K_BLOCK;
+  static constexpr int ROWS = LK_ROWS, COLUMNS = 8 * NR, K_BLOCK = LK_K_BLOCK;
 
   static void enter() {}
   static void leave() {}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
 from types import ModuleType
 from typing import Any
 
 import torch
+
+from lora_kernels.errors import InvalidArgumentError
 
 
 @functools.cache
@@ -23,6 +26,11 @@ def load() -> tuple[ModuleType | None, str]:
             f"lora_kernels._C was built for torch {_C.torch_version} but torch "
             f"{torch.__version__} is installed; rebuild it"
         )
+    try:
+        _C.isa()
+    except ValueError as error:
+        given = os.environ.get("LORA_KERNELS_CPU_ISA", "")
+        raise InvalidArgumentError(f"LORA_KERNELS_CPU_ISA={given!r}: {error}") from None
     return _C, ""
 
 
