@@ -11,6 +11,10 @@
 
 #include <type_traits>
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 #include "lora_linear.h"
 
 namespace lora_kernels::lora_linear {
@@ -34,6 +38,17 @@ inline Vec load(const fp16* p) {
   return v;
 }
 inline void store_vec(float* p, Vec v) { *reinterpret_cast<VecU*>(p) = v; }
+
+// Past the cache; p is aligned to the vector.
+inline void stream_vec(float* p, Vec v) {
+#if LK_LANES == 16 && defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)v);
+#elif LK_LANES == 8 && defined(__AVX__)
+  _mm256_stream_ps(p, (__m256)v);
+#else
+  store_vec(p, v);
+#endif
+}
 
 // All-ones lanes where bit (first + lane) of `bits` is set.
 inline IVec lanes_of(uint32_t bits, int first) {
@@ -80,10 +95,14 @@ struct FmaEngine {
   using TB = Element;
   static constexpr int VL = LK_LANES;
   static constexpr int MR = LK_MR, NR = 3 * VL, NV = VL, KR = 1;
-  static constexpr int ROWS = LK_ROWS, COLUMNS = 8 * NR, K_BLOCK = LK_K_BLOCK;
+  static constexpr int ROWS = LK_ROWS, COLUMNS = 16 * NR, K_BLOCK = LK_K_BLOCK;
 
   static void enter() {}
-  static void leave() {}
+  static void leave() {
+#if defined(__AVX__)
+    _mm_sfence();  // orders the streamed results before whatever the caller does next
+#endif
+  }
 
   static void pack_a(const T* src, int64_t ld, int64_t rows, int64_t k, float* dst) {
     int64_t kk = 0;
@@ -180,8 +199,10 @@ struct FmaEngine {
       for (int64_t k = segments[s].k; k > 0; --k, a += MR, b += NVEC * VL) {
         Vec bv[NVEC];
 #pragma GCC unroll 4
-        for (int v = 0; v < NVEC; ++v) bv[v] = load(b + v * VL);
-        __builtin_prefetch(b + 16 * NVEC * VL);
+        for (int v = 0; v < NVEC; ++v) {
+          bv[v] = load(b + v * VL);
+          __builtin_prefetch(b + (8 * NVEC + v) * VL);
+        }
 #pragma GCC unroll 16
         for (int i = 0; i < MR; ++i) {
           const float ai = a[i];
@@ -222,6 +243,17 @@ struct FmaEngine {
     micro(segments, count, o.rows, width, c, NR, sum != nullptr);
     if (o.extra != nullptr) {
       for (int64_t i = 0; i < o.rows * NR; ++i) c[i] += o.extra[i];
+    }
+    if constexpr (std::is_same_v<T, float>) {
+      if (o.stream && o.n == NR) {
+        for (int64_t i = 0; i < o.rows; ++i) {
+          for (int64_t j = 0; j < NR; j += VL) {
+            const Vec v = load(c + i * NR + j);
+            stream_vec(o.dst + i * o.ld + j, o.bias == nullptr ? v : v + load(o.bias + j));
+          }
+        }
+        return;
+      }
     }
     store(c, NR, o.rows, o.n, o.bias, o.dst, o.ld);
   }

@@ -1,7 +1,7 @@
 // lora_linear for avx512: the multiply-add engine at 16 lanes.
 #define LK_LANES 16
 #define LK_MR 8
-#define LK_ROWS 256
+#define LK_ROWS 512
 #define LK_K_BLOCK 384
 
 #include "product.h"

@@ -101,7 +101,7 @@ def _cpu_isa() -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _choose(problem: LoraLinearProblem, name: str, disabled: str, cpu_isa: str) -> tuple[str, str]:
-    """Cached on all that the answer depends on; `disabled` and `cpu_isa` are only part of the key."""
+    """Cached on all that the answer depends on: `disabled` and `cpu_isa` serve the key alone."""
 
     def auto_supports(candidate: str) -> tuple[bool, str]:
         if candidate == "cpu":
