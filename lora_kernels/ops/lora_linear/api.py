@@ -93,7 +93,7 @@ def grouped_lora_linear(
     if autocast and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     name = _dispatch.requested_backend(backend)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
     seed = validate.make_seed(seed, dropout_p, x.device)
     run_time_scalings = None
     if torch.compiler.is_compiling():
