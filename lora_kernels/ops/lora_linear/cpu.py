@@ -22,8 +22,8 @@ def supports(problem: LoraLinearProblem) -> tuple[bool, str]:
         return False, reason
     if problem.dtype not in _DTYPES:
         return False, f"dtype {problem.dtype} is not supported; float32, bfloat16 and float16 are"
-    if problem.K == 0:
-        return False, "in_features is 0"
+    if problem.K == 0 or 0 in problem.N:
+        return False, "in_features or out_features is 0"
     if len(problem.N) > _MAX_GROUP:
         return False, f"a group of {len(problem.N)} is too large; at most {_MAX_GROUP}"
     return True, f"{module.lora_linear_engine(problem.dtype)} kernels"
