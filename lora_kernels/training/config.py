@@ -95,6 +95,10 @@ class TrainConfig:
         default=0.1,
         metadata=about("share of the steps over which the rate rises", low=0.0, high=0.9),
     )
+    base_dropout: float | None = field(
+        default=None,
+        metadata=about("dropout inside the base model; its own rates when absent", 0.0, 1.0),
+    )
     checkpointing: bool = field(
         default=False, metadata=about("recompute activations in the backward pass")
     )
@@ -122,6 +126,9 @@ class Config:
     precision: Literal["auto", "fp32", "bf16"] = field(
         default="auto",
         metadata=about("bf16 needs hardware support to be fast; auto asks the hardware"),
+    )
+    attention: Literal["auto", "eager", "sdpa"] = field(
+        default="auto", metadata=about("transformers' attention implementation")
     )
     kernels: bool = field(default=True, metadata=about("fuse the adapters with lora_kernels.apply"))
     compare_stock: bool = field(

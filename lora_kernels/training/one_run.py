@@ -51,14 +51,19 @@ def load_tokenizer(path: str) -> Any:
     return tokenizer
 
 
-def load_base(task: Task, path: str, precision: str, tokenizer: Any) -> Any:
+def load_base(
+    task: Task, path: str, precision: str, tokenizer: Any, options: dict[str, Any]
+) -> Any:
     """The base model with the head of the task, in the dtype of the precision.
+
+    Args:
+        options: further keywords of ``from_pretrained``.
 
     Raises:
         ConfigError: `path` is no model that has such a head.
     """
     try:
-        model = task.load_model(path, base_dtype(precision))
+        model = task.load_model(path, base_dtype(precision), options)
     except LoraKernelsError:
         raise
     except (OSError, ValueError, KeyError) as e:
@@ -66,6 +71,19 @@ def load_base(task: Task, path: str, precision: str, tokenizer: Any) -> Any:
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def load_options(config: Config, path: str) -> dict[str, Any]:
+    """What the configuration says about the base model, as keywords of ``from_pretrained``."""
+    options: dict[str, Any] = {}
+    if config.attention != "auto":
+        options["attn_implementation"] = config.attention
+    rate = config.train.base_dropout
+    if rate is not None:
+        # Families of models call it hidden_dropout_prob, attention_dropout, resid_pdrop, ...
+        stored = transformers.AutoConfig.from_pretrained(path).to_dict()
+        options |= {k: rate for k, v in stored.items() if "drop" in k and type(v) in (int, float)}
+    return options
 
 
 def add_adapter(model: Any, task: Task, config: Config) -> Any:
@@ -116,7 +134,7 @@ def train_once(
     transformers.set_seed(config.seed)
     path = model_path("model", config.model)
     tokenizer = load_tokenizer(path)
-    base = load_base(task, path, precision, tokenizer)
+    base = load_base(task, path, precision, tokenizer, load_options(config, path))
     model = add_adapter(base, task, config)
     # Lists of examples serve as datasets; the Trainer's annotations know only torch's class.
     sets: dict[str, Any] = {

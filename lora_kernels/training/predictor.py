@@ -38,7 +38,7 @@ class Predictor:
 
         with quiet_libraries():
             self.tokenizer = load_tokenizer(path)
-            base = load_base(self.task, path, str(saved["precision"]), self.tokenizer)
+            base = load_base(self.task, path, str(saved["precision"]), self.tokenizer, {})
             self.model = _attach(base, adapter)
         self.model.eval()
         if torch.cuda.is_available():

@@ -129,6 +129,21 @@ def test_without_kernels_and_with_checkpointing(
         assert abs(a - b) < abs(plain["losses"][0][1] - plain["losses"][-1][1])
 
 
+def test_base_dropout_and_attention_reach_the_model(
+    tiny_model: Path, texts_csv: Path, tmp_path: Path
+) -> None:
+    from lora_kernels.training.config_reader import read_config
+    from lora_kernels.training.one_run import load_options
+
+    config = tiny_config(tiny_model, texts_csv, tmp_path / "run")
+    assert load_options(read_config(config), str(tiny_model)) == {}
+    config = read_config(config, ["train.base_dropout=0.25", "attention=eager"])
+    options = load_options(config, str(tiny_model))
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_model, **options)
+    assert model.config._attn_implementation == "eager"
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.25}
+
+
 def test_separate_files_and_guessed_columns(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -43,8 +43,8 @@ class Task(Protocol):
         """What prediction needs besides the adapter; JSON."""
         ...
 
-    def load_model(self, path: str, dtype: Any) -> Any:
-        """The base model with this task's head."""
+    def load_model(self, path: str, dtype: Any, options: dict[str, Any]) -> Any:
+        """The base model with this task's head; `options` are keywords of ``from_pretrained``."""
         ...
 
     def dataset(self, split: str, tokenizer: Any) -> list[dict[str, Any]]:

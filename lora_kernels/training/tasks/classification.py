@@ -93,7 +93,7 @@ class Classification:
     def to_saved(self) -> dict[str, Any]:
         return {"labels": self.labels, "max_length": self.max_length}
 
-    def load_model(self, path: str, dtype: Any) -> Any:
+    def load_model(self, path: str, dtype: Any, options: dict[str, Any]) -> Any:
         from transformers import AutoModelForSequenceClassification
 
         model = AutoModelForSequenceClassification.from_pretrained(
@@ -103,6 +103,7 @@ class Classification:
             label2id={name: i for i, name in enumerate(self.labels)},
             dtype=dtype,
             ignore_mismatched_sizes=True,  # a head for other classes is replaced
+            **options,
         )
         longest = getattr(model.config, "max_position_embeddings", self.max_length)
         if self.max_length > longest:
