@@ -112,8 +112,9 @@ int64_t panel_floats(int64_t strips, int64_t k) {
   return k <= E::K_BLOCK ? 0 : strips * E::MR * int64_t{E::COLUMNS / E::NR} * E::NR;
 }
 
-// Results beyond this leave the cache before anybody reads them: they are stored past it.
-constexpr int64_t kStreamBytes = int64_t{4} << 20;
+// Results beyond this are stored past the cache: fetching their lines first, only to overwrite
+// them, costs more than the reader gains.
+constexpr int64_t kStreamBytes = int64_t{1} << 20;
 
 template <class E>
 bool streams(const void* dst, int64_t ld, int64_t rows, int64_t n) {
