@@ -4,25 +4,10 @@
 #define LK_ROWS 128
 #define LK_K_BLOCK 256
 
-#include "product.h"
-#include "engine_fma.h"
-#include "table.h"
+#include "fma_engines.h"
 
 namespace lora_kernels::lora_linear {
 
-const Engine* engine_avx2(Dtype dtype) {
-  static const Engine f32 = make_engine<FmaEngine<float>>("avx2");
-  static const Engine bfloat = make_engine<FmaEngine<bf16>>("avx2");
-  static const Engine half = make_engine<FmaEngine<fp16>>("avx2");
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return &f32;
-    case Dtype::kBFloat16:
-      return &bfloat;
-    case Dtype::kFloat16:
-      return &half;
-  }
-  return nullptr;
-}
+const Engine* engine_avx2(Dtype dtype) { return fma_engine("avx2", dtype); }
 
 }  // namespace lora_kernels::lora_linear
