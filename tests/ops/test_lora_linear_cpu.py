@@ -160,3 +160,11 @@ def test_variable_lowers_the_isa():
             env={**os.environ, "LORA_KERNELS_CPU_ISA": name},
         )
         assert done.stdout.strip() == name, done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(521, 64, 1088), (521, 1088, 64)], ids=str)
+def test_results_stored_past_the_cache(shape, dtype):
+    """Y, or dX, of more than 1 MiB with rows of whole cache lines; ragged strips of both kinds."""
+    inputs = lora_linear_inputs(*shape, 8, dtype)
+    check_lora_linear(inputs, "cpu", "xab")
