@@ -33,3 +33,11 @@ class ConfigError(LoraKernelsError, ValueError):
 
 class DataError(LoraKernelsError, ValueError):
     """A data file cannot be read or holds nothing usable."""
+
+
+class CheckpointError(LoraKernelsError, RuntimeError):
+    """A checkpoint cannot be written; the message names the last one that was finished."""
+
+
+class TrainingInterruptedError(LoraKernelsError):
+    """SIGTERM or Ctrl-C stopped a training after a step; the message says where to go on from."""

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 
 from lora_kernels._version import __version__
 from lora_kernels.cli import env_command, predict_command, train_command
-from lora_kernels.errors import LoraKernelsError
+from lora_kernels.errors import LoraKernelsError, TrainingInterruptedError
+
+# As EX_TEMPFAIL of sysexits.h: not done, worth another try. Schedulers can requeue on it.
+INTERRUPTED = 75
 
 _COMMANDS = (train_command, predict_command, env_command)
 
@@ -20,12 +23,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: words after the program's name; None takes the process's own.
 
     Returns:
-        0, 1 where `env` finds something broken, 2 after an error that the message explains, 130
-        after an interrupt.
+        0, 1 where `env` finds something broken, 2 after an error that the message explains, 75
+        after SIGTERM or Ctrl-C stopped a training that left a checkpoint to resume, 130 after any
+        other interrupt.
     """
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
+    except TrainingInterruptedError as e:
+        print(f"lora-kernels: {e}", file=sys.stderr)
+        return INTERRUPTED
     except LoraKernelsError as e:
         print(f"lora-kernels: error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import transformers
-
 import lora_kernels as lk
 from lora_kernels.training.callbacks import StepTimer
+from lora_kernels.training.checkpointed_trainer import CheckpointedTrainer
 
 
-class LoRATrainer(transformers.Trainer):
+class LoRATrainer(CheckpointedTrainer):
     """A ``transformers.Trainer`` whose PEFT model runs on lora_kernels.
 
     Takes every argument of ``transformers.Trainer``, and:
