@@ -13,6 +13,7 @@ from typing import Any
 
 from lora_kernels.errors import ConfigError
 from lora_kernels.training.config import Config
+from lora_kernels.training.config_checks import check_together
 
 _TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
 
@@ -39,7 +40,7 @@ def read_config(
     for override in overrides:
         _override(raw, override)
     config = _build(Config, raw, "")
-    _check_together(config)
+    check_together(config)
     return config
 
 
@@ -142,6 +143,8 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
         if value not in typing.get_args(hint):
             raise _wrong(key, value, _describe(hint))
         return value
+    if origin is list and isinstance(value, str):
+        value = [word.strip() for word in value.split(",") if word.strip()]
     if not _matches(value, hint):
         raise _wrong(key, value, _describe(hint))
     return float(value) if hint is float else value
@@ -185,21 +188,3 @@ def _check_range(key: str, value: Any, metadata: Mapping[str, Any]) -> None:
     if (low is not None and value < low) or (high is not None and value > high):
         accepted = f"{low:g} to {high:g}" if high is not None else f"{low:g} or more"
         raise ConfigError(f"{key}={value!r} is out of range; accepted: {accepted}")
-
-
-def _check_together(config: Config) -> None:
-    data = config.data
-    share = (0.0 if data.validation else data.validation_fraction) + (
-        0.0 if data.test else data.test_fraction
-    )
-    if share >= 1.0:
-        raise ConfigError(
-            f"data.validation_fraction + data.test_fraction = {share:g} leaves nothing to train "
-            "on; accepted: a sum below 1"
-        )
-    if config.train.max_steps == 0 or (config.train.max_steps < 0 and config.train.epochs == 0):
-        raise ConfigError(
-            "train.epochs=0 and train.max_steps <= 0 train nothing; give one of them a value"
-        )
-    if config.compare_stock and not config.kernels:
-        raise ConfigError("compare_stock=True needs kernels=True, or both runs would be stock PEFT")
