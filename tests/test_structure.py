@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lora_kernels"
 FILES = sorted(PACKAGE.rglob("*.py"))
 OPS = [spec.name for spec in _registry.OPS]
-BACKEND_FILES = ("aten", "cpu", "cuda", "triton_kernels")
+BACKEND_FILES = ("aten", "cpu", "cuda", "triton")
 
 PUBLIC = {"__init__", "modules", "integrations"}  # what users import
 # Area -> areas of the package it may import. Arrows run down only.
@@ -120,7 +120,7 @@ def test_nothing_below_training_needs_more_than_torch():
     wrong = [
         f"{path.relative_to(ROOT)}:{i.line} imports {i.module}"
         for path in FILES
-        if area(dotted(path)) in TORCH_ONLY and path.stem != "triton_kernels"
+        if area(dotted(path)) in TORCH_ONLY and not path.stem.startswith("triton")
         for i in imports(path)
         if i.module.split(".")[0] not in allowed and i.at_top
     ]
@@ -197,8 +197,7 @@ def test_five_places_of_an_op(op):
     needed += [ROOT / "benchmarks" / f"test_bench_{op}.py"]
     if {"cpu", "cuda"} & set(spec.backends):
         needed.append(ROOT / "csrc" / op)
-    files = {"triton": "triton_kernels"}
-    needed += [folder / f"{files.get(b, b)}.py" for b in spec.backends]
+    needed += [folder / f"{backend}.py" for backend in spec.backends]
     missing = [str(path.relative_to(ROOT)) for path in needed if not path.exists()]
     assert not missing, f"missing: {missing}"
 

@@ -9,7 +9,7 @@ from lora_kernels.ops.lora_linear import problem as lora_linear
 OPS: tuple[OpSpec, ...] = (
     OpSpec(
         name="lora_linear",
-        backends=("reference", "aten", "cpu"),
+        backends=("reference", "aten", "cpu", "triton", "cuda"),
         schemas=("lora_kernels::lora_linear_fwd", "lora_kernels::lora_linear_bwd"),
         problem=lora_linear.LoraLinearProblem.from_shapes,
         supports=lora_linear.supports,

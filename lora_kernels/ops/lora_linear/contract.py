@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.lora_linear.problem import LoraLinearProblem, choose
+from lora_kernels.ops.lora_linear.problem import LoraLinearProblem, choose_for
 
 _library = torch.library.Library("lora_kernels", "FRAGMENT")
 _library.define(
@@ -43,17 +43,17 @@ def _no_autocast(device_type: str) -> AbstractContextManager[object]:
 
 
 def _launcher(
-    x: Tensor, weights: list[Tensor], lora_as: list[Tensor], dropout_p: float, backend: str
-) -> ModuleType:
+    x: Tensor, weights: list[Tensor], lora_as: list[Tensor], dropout_p: float, backend: str,
+    direction: str,
+) -> ModuleType:  # fmt: skip
     problem = LoraLinearProblem.of(x, weights, lora_as, dropout_p)
-    name, _ = choose(problem, backend)
+    name, _ = choose_for(problem, backend, direction)
     return _backend_module(name)
 
 
 @functools.cache
 def _backend_module(name: str) -> ModuleType:
-    module = {"triton": "triton_kernels"}.get(name, name)
-    return importlib.import_module(f"lora_kernels.ops.lora_linear.{module}")
+    return importlib.import_module(f"lora_kernels.ops.lora_linear.{name}")
 
 
 def _fwd(
@@ -72,7 +72,7 @@ def _fwd(
         return _fwd_fake(x, weights, lora_as, lora_bs, biases, scalings, dropout_p, seed, backend)
     if run_time_scalings is not None:
         scalings = run_time_scalings.tolist()
-    launcher = _launcher(x, weights, lora_as, dropout_p, backend)
+    launcher = _launcher(x, weights, lora_as, dropout_p, backend, "fwd")
     with _no_autocast(x.device.type):
         return launcher.lora_linear_fwd(
             x, weights, lora_as, lora_bs, biases, scalings, dropout_p, seed
@@ -105,7 +105,7 @@ def _bwd(
         )
     if run_time_scalings is not None:
         scalings = run_time_scalings.tolist()
-    launcher = _launcher(x, weights, lora_as, dropout_p, backend)
+    launcher = _launcher(x, weights, lora_as, dropout_p, backend, "bwd")
     with _no_autocast(x.device.type):
         return launcher.lora_linear_bwd(
             dys, x, weights, lora_as, lora_bs, s, scalings, dropout_p, seed,

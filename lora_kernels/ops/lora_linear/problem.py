@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 import os
 from dataclasses import dataclass, fields
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -18,7 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class LoraLinearProblem:
-    """Y [M, N] from X [M, K]; N and the ranks are per group member."""
+    """Y [M, N] from X [M, K]; N and the ranks are per group member. `device_index` counts GPUs."""
 
     M: int
     K: int
@@ -29,6 +32,8 @@ class LoraLinearProblem:
     device: str = "cpu"
     dropout_p: float = 0.0
     frozen: bool = True
+    adapter_dtype: torch.dtype | None = None
+    device_index: int = 0
 
     @classmethod
     def of(
@@ -44,6 +49,8 @@ class LoraLinearProblem:
             device=x.device.type,
             dropout_p=dropout_p,
             frozen=not any(w.requires_grad for w in weights),
+            adapter_dtype=lora_as[0].dtype,
+            device_index=x.device.index or 0,
         )
 
     @classmethod
@@ -62,8 +69,10 @@ class LoraLinearProblem:
         shapes["N"] = n if isinstance(n, tuple) else (n,)
         rank = shapes.get("rank", 16)
         shapes["rank"] = rank if isinstance(rank, tuple) else (rank,) * len(shapes["N"])  # type: ignore[arg-type]
-        for key in ("dtype", "weight_dtype"):
+        for key in ("dtype", "weight_dtype", "adapter_dtype"):
             value = shapes.get(key)
+            if key == "adapter_dtype" and value is None:
+                continue
             if isinstance(value, str):
                 shapes[key] = getattr(torch, value.removeprefix("torch."), None)
             if key in shapes and shapes[key] not in DTYPES:
@@ -85,13 +94,42 @@ def supports(backend: str, problem: LoraLinearProblem) -> tuple[bool, str]:
         from lora_kernels.ops.lora_linear import cpu
 
         return cpu.supports(problem)
-    return False, f"lora_linear has no {backend} kernels"
+    module, why = backend_module(backend)
+    return (False, why) if module is None else module.supports(problem)
+
+
+@functools.cache
+def backend_module(name: str) -> tuple[ModuleType | None, str]:
+    """(this op's module of a backend, "") or (None, why it cannot be imported)."""
+    path = f"lora_kernels.ops.lora_linear.{name}"
+    if importlib.util.find_spec(path) is None:
+        return None, f"lora_linear has no {name} kernels"
+    try:
+        return importlib.import_module(path), ""
+    except ImportError as error:
+        missing = (error.name or "").split(".")[0]
+        hint = f"; pip install {missing}" if missing not in ("", "lora_kernels", "torch") else ""
+        return None, f"the {name} kernels cannot be imported: {error}{hint}"
 
 
 def choose(problem: LoraLinearProblem, requested: str | None = None) -> tuple[str, str]:
-    """(backend, reason) that would run `problem`."""
+    """(backend, reason) that would run `problem`; says so where the backward is another one's."""
+    forward, why = choose_for(problem, requested, "fwd")
+    backward, why_backward = choose_for(problem, requested, "bwd")
+    if backward != forward:
+        why = f"{why}; backward: {backward} ({why_backward})"
+    return forward, why
+
+
+def choose_for(
+    problem: LoraLinearProblem, requested: str | None, direction: str
+) -> tuple[str, str]:
+    """(backend, reason) for one direction, ``fwd`` or ``bwd``."""
     name = _dispatch.requested_backend(requested)
-    return _choose(problem, name, os.environ.get("LORA_KERNELS_DISABLE", ""), _cpu_isa())
+    disabled = os.environ.get("LORA_KERNELS_DISABLE", "")
+    if problem.device == "cpu":
+        return _choose(problem, name, direction, disabled, _cpu_isa())
+    return _choose(problem, name, direction, disabled, "")
 
 
 def _cpu_isa() -> str:
@@ -100,7 +138,9 @@ def _cpu_isa() -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def _choose(problem: LoraLinearProblem, name: str, disabled: str, cpu_isa: str) -> tuple[str, str]:
+def _choose(
+    problem: LoraLinearProblem, name: str, direction: str, disabled: str, cpu_isa: str
+) -> tuple[str, str]:
     """Cached on all that the answer depends on: `disabled` and `cpu_isa` serve the key alone."""
 
     def auto_supports(candidate: str) -> tuple[bool, str]:
@@ -108,11 +148,19 @@ def _choose(problem: LoraLinearProblem, name: str, disabled: str, cpu_isa: str) 
             from lora_kernels.ops.lora_linear import cpu
 
             return cpu.preferred(problem)
-        return supports(candidate, problem)
+        from lora_kernels.ops.lora_linear import evidence
 
-    if name == "auto":
-        return _dispatch.resolve("lora_linear", name, ("cpu",), auto_supports)
-    return _dispatch.resolve("lora_linear", name, (), lambda b: supports(b, problem))
+        able, why = supports(candidate, problem)
+        return (able, why) if not able else evidence.preferred(candidate, problem, direction)
+
+    if name != "auto":
+        return _dispatch.resolve("lora_linear", name, (), lambda b: supports(b, problem))
+    preference: tuple[str, ...] = ("cpu",)
+    if problem.device != "cpu":
+        from lora_kernels.ops.lora_linear import evidence
+
+        preference = evidence.order(problem, direction)
+    return _dispatch.resolve("lora_linear", name, preference, auto_supports)
 
 
 def flops(problem: LoraLinearProblem, direction: str) -> float:

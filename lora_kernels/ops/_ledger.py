@@ -1,0 +1,192 @@
+"""Evidence that a GPU backend is right and quick: what `auto` needs before it picks one.
+
+`ops/<op>/tuned/<device>.json` is derived from a result file that was measured on that device
+(``python -m benchmarks.tune``). It says, per backend, whether its checks passed there, from which
+sources it was built, and how long it and `aten` took. Whatever is not in such a file has never
+run on hardware as far as this package knows. A file that cannot be read is no evidence, and says
+why; it never stops a call.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCHEMA = 1
+VERDICTS = ("passed", "failed", "not run")
+DIRECTIONS = ("fwd", "bwd")
+PACKAGE = Path(__file__).resolve().parents[1]
+# What a backend's results depend on; `{op}` is the op's folder.
+SOURCES = {
+    "triton": ("ops/_*triton*.py", "ops/{op}/triton*.py", "ops/{op}/configs.py",
+               "_backends/triton*.py"),
+    "cuda": ("ops/{op}/cuda*.py", "_backends/cuda*.py"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU as evidence names it: ``NVIDIA H100 80GB HBM3``, ``sm_90``."""
+
+    name: str
+    architecture: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Times of one problem in one direction. N and rank are per group member, `ms` per backend."""
+
+    M: int
+    K: int
+    N: tuple[int, ...]
+    rank: tuple[int, ...]
+    dtype: str
+    adapter_dtype: str
+    dropout: bool
+    direction: str
+    ms: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Table:
+    """One file. `backends`: name -> ``{"verdict", "digest"}``; `configs`: the tuner's choices."""
+
+    device: Device
+    date: str
+    commit: str
+    backends: dict[str, dict[str, str]]
+    entries: tuple[Entry, ...]
+    configs: tuple[dict[str, Any], ...] = field(default=())
+
+
+def device(index: int) -> Device | None:
+    """The GPU of that index, or None where torch sees none."""
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        return None
+    return _device(index)
+
+
+@functools.cache
+def _device(index: int) -> Device:
+    found = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return Device(found.name, str(found.gcnArchName).split(":")[0])
+    return Device(found.name, f"sm_{found.major}{found.minor}")
+
+
+def _require(ok: bool, what: str) -> None:
+    if not ok:
+        raise ValueError(what)
+
+
+def _entry(raw: dict[str, Any]) -> Entry:
+    made = Entry(
+        M=raw["M"], K=raw["K"], N=tuple(raw["N"]), rank=tuple(raw["rank"]), dtype=raw["dtype"],
+        adapter_dtype=raw["adapter_dtype"], dropout=raw["dropout"], direction=raw["direction"],
+        ms=dict(raw["ms"]),
+    )  # fmt: skip
+    sizes = (made.M, made.K, *made.N, *made.rank)
+    _require(all(type(n) is int and n > 0 for n in sizes), f"sizes {sizes} of an entry")
+    _require(len(made.N) == len(made.rank) > 0, "N and rank of an entry differ in length")
+    _require(made.direction in DIRECTIONS, f"direction={made.direction!r}")
+    _require(type(made.dropout) is bool, f"dropout={made.dropout!r}")
+    _require(
+        all(type(t) in (int, float) and math.isfinite(t) and t > 0 for t in made.ms.values()),
+        f"ms={made.ms}",
+    )
+    return made
+
+
+def parse(raw: Any, op: str) -> Table:
+    """The table in a decoded file; ValueError says what is wrong with it."""
+    try:
+        _require(raw["schema"] == SCHEMA, f"schema={raw['schema']!r}, known: {SCHEMA}")
+        _require(raw["op"] == op, f"op={raw['op']!r}, expected {op!r}")
+        where = Device(raw["device"]["name"], raw["device"]["architecture"])
+        _require(bool(where.name and where.architecture), "device without a name")
+        backends = {
+            name: {"verdict": b["verdict"], "digest": b["digest"]}
+            for name, b in raw["backends"].items()
+        }
+        for name, b in backends.items():
+            _require(b["verdict"] in VERDICTS, f"verdict={b['verdict']!r} of {name}")
+        return Table(
+            device=where,
+            date=str(raw["date"]),
+            commit=str(raw["commit"]),
+            backends=backends,
+            entries=tuple(_entry(e) for e in raw["entries"]),
+            configs=tuple(dict(c) for c in raw.get("configs", ())),
+        )
+    except KeyError as error:
+        raise ValueError(f"{error.args[0]} is missing") from None
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"not a table: {error}") from None
+
+
+def folder(op: str) -> Path:
+    return PACKAGE / "ops" / op / "tuned"
+
+
+@functools.cache
+def read(where: Path, op: str) -> tuple[tuple[Table, ...], tuple[str, ...]]:
+    """(tables, newest first; one line for each file that is no evidence)."""
+    tables, refused = [], []
+    for path in sorted(where.glob("*.json")):
+        try:
+            tables.append(parse(json.loads(path.read_text(encoding="utf-8")), op))
+        except (OSError, ValueError) as error:
+            refused.append(f"tuned/{path.name} is not usable: {' '.join(str(error).split())}")
+    return tuple(sorted(tables, key=lambda t: t.date, reverse=True)), tuple(refused)
+
+
+def table_for(here: Device, tables: tuple[Table, ...]) -> Table | None:
+    """The newest table of this very device, else of its architecture."""
+    for same in (
+        lambda t: t.device == here,
+        lambda t: t.device.architecture == here.architecture,
+    ):
+        for table in tables:
+            if same(table):
+                return table
+    return None
+
+
+def digest_of(paths: list[Path]) -> str:
+    """SHA-256 over names and contents; line ends do not count."""
+    total = hashlib.sha256()
+    for path in sorted(paths, key=lambda p: p.name):
+        content = path.read_bytes().replace(b"\r\n", b"\n")
+        total.update(f"{path.name}\0{len(content)}\0".encode())
+        total.update(content)
+    return total.hexdigest()[:16]
+
+
+@functools.cache
+def source_digest(op: str, backend: str) -> str:
+    """What identifies the kernels of `backend`. For compiled ones the library says from which
+    sources it was built; a library that cannot say is identified by its own bytes."""
+    paths = [p for pattern in SOURCES[backend] for p in PACKAGE.glob(pattern.format(op=op))]
+    own = digest_of(paths)
+    if backend != "cuda":
+        return own
+    return f"{own}-{_library_digest()}"
+
+
+def _library_digest() -> str:
+    try:
+        loader = importlib.import_module("lora_kernels._backends.cuda")
+    except ImportError:
+        return "absent"
+    ask: Callable[[], str | None] | None = getattr(loader, "source_digest", None)
+    said = ask() if ask is not None else None
+    return said or digest_of(sorted(PACKAGE.glob("_cuda*.so")))
