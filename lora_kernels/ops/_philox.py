@@ -26,6 +26,8 @@ _ROUNDS = 7
 _MUL0, _MUL1 = 0xD2511F53, 0xCD9E8D57
 _WEYL0, _WEYL1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
+# Counters drawn at a time, on the CPU and on a GPU: bounds the int64 temporaries.
+_COUNTERS = {False: 1 << 17, True: 1 << 22}
 
 
 def threshold(p: float) -> int:
@@ -56,24 +58,40 @@ def philox4x32(key: tuple[Tensor, Tensor], counter: tuple[Tensor, ...]) -> tuple
     return c0, c1, c2, c3
 
 
-def keep_mask(seed: Tensor, rows: int, columns: int, p: float, stream: int = 0) -> Tensor:
-    """Boolean keep mask [rows, columns] on the device of `seed` (int64, one element)."""
+def keep_mask(
+    seed: Tensor, rows: int, columns: int, p: float, stream: int = 0, first_row: int = 0
+) -> Tensor:
+    """Boolean keep mask [rows, columns] on the device of `seed` (int64, one element), of the rows
+    from `first_row` on."""
+    step = max(1, _COUNTERS[seed.is_cuda] // max(16 * -(-columns // 128), 1))
+    if rows <= step:
+        return _mask_of_rows(seed, first_row, rows, columns, p, stream)
+    mask = torch.empty(rows, columns, dtype=torch.bool, device=seed.device)
+    for i in range(0, rows, step):
+        count = min(step, rows - i)
+        mask[i : i + count] = _mask_of_rows(seed, first_row + i, count, columns, p, stream)
+    return mask
+
+
+def _mask_of_rows(
+    seed: Tensor, first_row: int, rows: int, columns: int, p: float, stream: int
+) -> Tensor:
     device = seed.device
     seed = seed.reshape(())
     blocks = -(-columns // 128)
-    lane = torch.arange(16 * blocks, device=device, dtype=torch.int64)
-    row = torch.arange(rows, device=device, dtype=torch.int64)[:, None]
+    lane = torch.arange(16 * blocks, device=device, dtype=torch.int64)[None, :]
+    row = torch.arange(first_row, first_row + rows, device=device, dtype=torch.int64)[:, None]
     zero = torch.zeros((), dtype=torch.int64, device=device)
-    words = philox4x32(
-        (seed & _LOW, (seed >> 32) & _LOW),
-        (lane[None, :] + 0 * row, row + 0 * lane, zero + stream, zero),
-    )
-    halves = torch.stack([torch.stack([w & 0xFFFF, w >> 16], -1) for w in words], 2)
-    # [rows, 16 * blocks, word, half] -> column 128 * block + 32 * word + 2 * lane + half
-    draws = halves.reshape(rows, blocks, 16, 4, 2).permute(0, 1, 3, 2, 4).reshape(rows, -1)
-    return draws[:, :columns] >= threshold(p)
+    # Not broadcast to [rows, lanes] here: the first two rounds then work on rows and lanes alone.
+    words = philox4x32((seed & _LOW, (seed >> 32) & _LOW), (lane, row, zero + stream, zero))
+    least = threshold(p)
+    kept = [torch.stack([(w & 0xFFFF) >= least, (w >> 16) >= least], -1) for w in words]
+    # [rows, 16 * blocks, half] per word -> column 128 * block + 32 * word + 2 * lane + half
+    parts = [k.view(rows, blocks, 32) for k in kept]
+    return torch.stack(parts, 2).view(rows, 128 * blocks)[:, :columns]
 
 
-def drop(x: Tensor, seed: Tensor, p: float, stream: int = 0) -> Tensor:
+def drop(x: Tensor, seed: Tensor, p: float, stream: int = 0, first_row: int = 0) -> Tensor:
     """x [M, K] with dropped elements zero; the factor :func:`keep_scale` is left to the caller."""
-    return x.masked_fill(~keep_mask(seed.to(x.device), x.shape[0], x.shape[1], p, stream), 0.0)
+    mask = keep_mask(seed.to(x.device), x.shape[0], x.shape[1], p, stream, first_row)
+    return x.masked_fill(~mask, 0.0)

@@ -1,8 +1,12 @@
 """lora_linear over library GEMMs: the floor that every own kernel has to beat.
 
 Against eager PEFT it never makes a second [M, N] tensor (the update is accumulated into Y and dX
-by `addmm_`), computes S and dS once, reads X once for the shrink of a whole group without
-dropout, and returns dA and dB from fp32 accumulators when the adapter is fp32.
+by `addmm_`), computes S and dS once, reads X once for the shrink and once for dA of a whole group
+without dropout, and returns dA and dB from fp32 accumulators when the adapter is fp32.
+
+Launches for a group of G without dropout, adapters in the dtype of x: forward 1 + 2 G (and 1 to
+join the A of a group), backward 1 + 3 G (and 2 for a group: join, split). `tests/ops/
+test_lora_linear_launches.py` holds these counts.
 """
 
 from __future__ import annotations
@@ -11,15 +15,53 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_kernels.ops._philox import drop, keep_scale
+from lora_kernels.ops._philox import keep_scale
+from lora_kernels.ops._philox_jit import drop
 
 # Rows converted at a time when dA or dB is accumulated in fp32 from a low-precision operand on
 # the CPU: the fp32 copy of the chunk stays in cache.
 _CHUNK = 512
+# Elements of dS A that are masked at a time, so that no second [M, K] tensor appears.
+_MASKED_CHUNK = 1 << 23
 
 
 def supports(problem: object) -> tuple[bool, str]:
     return True, "library GEMMs"
+
+
+_split_copy = torch.ops.aten.split_with_sizes_copy.default
+
+
+def _on_gpu(t: Tensor) -> bool:
+    """Every operator is a launch there; on the CPU the plain product sums more exactly."""
+    return t.is_cuda
+
+
+def _scaled_product(left: Tensor, right: Tensor, scale: float, out: Tensor) -> Tensor:
+    """out = scale * left right; what `out` holds before does not count."""
+    if _on_gpu(left):
+        return out.addmm_(left, right, beta=0, alpha=scale)
+    return torch.mul(left @ right, scale, out=out)
+
+
+def _joined(lora_as: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """[sum of ranks, K] in `dtype`."""
+    low = [a.to(dtype) for a in lora_as]
+    return low[0] if len(low) == 1 else torch.cat(low)
+
+
+def _shrink(x: Tensor, lora_as: list[Tensor], dropout_p: float, seed: Tensor | None) -> Tensor:
+    """S [M, sum of ranks] in the dtype of x."""
+    if dropout_p == 0.0 or seed is None:
+        return x @ _joined(lora_as, x.dtype).t()
+    s = x.new_empty(x.shape[0], sum(a.shape[0] for a in lora_as))
+    column = 0
+    for g, a in enumerate(lora_as):
+        part = s[:, column : column + a.shape[0]]
+        dropped = drop(x, seed, dropout_p, g)
+        _scaled_product(dropped, a.to(x.dtype).t(), keep_scale(dropout_p), part)
+        column += a.shape[0]
+    return s
 
 
 def lora_linear_fwd(
@@ -33,31 +75,37 @@ def lora_linear_fwd(
     seed: Tensor | None,
 ) -> tuple[list[Tensor], Tensor]:
     """Ys, each [M, N_g], and S [M, sum of ranks] in the dtype of x."""
-    low = [a.to(x.dtype) for a in lora_as]
-    if dropout_p == 0.0 or seed is None:
-        s = x @ (low[0] if len(low) == 1 else torch.cat(low)).t()
-    else:
-        parts = [drop(x, seed, dropout_p, g) @ a.t() for g, a in enumerate(low)]
-        s = (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).mul_(keep_scale(dropout_p))
+    s = _shrink(x, lora_as, dropout_p, seed)
     ys, column = [], 0
-    for w, a, b, bias, scaling in zip(weights, low, lora_bs, biases, scalings, strict=True):
+    for w, b, bias, scaling in zip(weights, lora_bs, biases, scalings, strict=True):
+        r = b.shape[1]
         y = F.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        y.addmm_(s[:, column : column + a.shape[0]], b.to(x.dtype).t(), alpha=scaling)
-        column += a.shape[0]
+        y.addmm_(s[:, column : column + r], b.to(x.dtype).t(), alpha=scaling)
+        column += r
         ys.append(y)
     return ys, s
 
 
-def _mm_accumulate(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """left^T right, [M, p]^T [M, q], accumulated and returned in `out_dtype` where it is wider."""
-    if out_dtype == left.dtype or out_dtype.itemsize <= left.dtype.itemsize:
-        return (left.t() @ right).to(out_dtype)
+def _mm_accumulate(left: Tensor, right: Tensor, out_dtype: torch.dtype, scale: float) -> Tensor:
+    """scale * left^T right, [M, p]^T [M, q], accumulated in `out_dtype` where it is wider."""
+    p, q = left.shape[1], right.shape[1]
+    if out_dtype.itemsize <= left.dtype.itemsize:
+        return _scaled_product(left.t(), right, scale, left.new_empty(p, q)).to(out_dtype)
     if left.is_cuda and out_dtype == torch.float32:
-        return torch.mm(left.t(), right, out_dtype=torch.float32)
-    total = left.new_zeros(left.shape[1], right.shape[1], dtype=out_dtype)
+        product = torch.mm(left.t(), right, out_dtype=torch.float32)
+        return product if scale == 1.0 else product.mul_(scale)
+    total = left.new_zeros(p, q, dtype=out_dtype)
     for i in range(0, left.shape[0], _CHUNK):
-        total.addmm_(left[i : i + _CHUNK].to(out_dtype).t(), right[i : i + _CHUNK].to(out_dtype))
+        rows = slice(i, i + _CHUNK)
+        total.addmm_(left[rows].to(out_dtype).t(), right[rows].to(out_dtype), alpha=scale)
     return total
+
+
+def _add_dropped(dx: Tensor, ds: Tensor, a: Tensor, p: float, seed: Tensor, stream: int) -> None:
+    """dX += (dS A) * D, some rows at a time."""
+    step = max(1, _MASKED_CHUNK // max(dx.shape[1], 1))
+    for i in range(0, dx.shape[0], step):
+        dx[i : i + step] += drop(ds[i : i + step] @ a, seed, p, stream, i)
 
 
 def lora_linear_bwd(
@@ -75,25 +123,38 @@ def lora_linear_bwd(
     need_db: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """dX [M, K], dAs in the dtype of A, dBs in the dtype of B; what is not needed is empty."""
-    dx = x.new_empty(0)
-    das, dbs, column = [], [], 0
+    ranks = [a.shape[0] for a in lora_as]
     rescale = 1.0 if seed is None else keep_scale(dropout_p)
-    for g, (dy, w, a, b, scaling) in enumerate(
-        zip(dys, weights, lora_as, lora_bs, scalings, strict=True)
-    ):
-        r = a.shape[0]
-        s_g, column = s[:, column : column + r], column + r
+    columns = [slice(sum(ranks[:g]), sum(ranks[: g + 1])) for g in range(len(ranks))]
+    dx, das, dbs = x.new_empty(0), [], []
+    ds = x.new_empty(x.shape[0], sum(ranks)) if need_dx or need_da else x.new_empty(0)
+    for g, (dy, w, b, scaling) in enumerate(zip(dys, weights, lora_bs, scalings, strict=True)):
         if need_dx or need_da:
-            ds = (dy @ b.to(x.dtype)).mul_(scaling * rescale)
+            _scaled_product(dy, b.to(x.dtype), scaling * rescale, ds[:, columns[g]])
         if need_dx:
             dx = dy @ w.to(x.dtype) if g == 0 else dx.addmm_(dy, w.to(x.dtype))
-            if seed is not None and dropout_p > 0.0:
-                dx += drop(ds @ a.to(x.dtype), seed, dropout_p, g)
-            else:
-                dx.addmm_(ds, a.to(x.dtype))
-        if need_da:
-            xd = x if seed is None or dropout_p == 0.0 else drop(x, seed, dropout_p, g)
-            das.append(_mm_accumulate(ds, xd, a.dtype))
         if need_db:
-            dbs.append(_mm_accumulate(dy, s_g, b.dtype).mul_(scaling))
+            dbs.append(_mm_accumulate(dy, s[:, columns[g]], b.dtype, scaling))
+    if seed is None or dropout_p == 0.0:
+        if need_dx:
+            dx.addmm_(ds, _joined(lora_as, x.dtype))
+        if need_da:
+            das = _das(ds, x, lora_as, ranks)
+        return dx, das, dbs
+    for g, a in enumerate(lora_as):
+        if need_dx:
+            _add_dropped(dx, ds[:, columns[g]], a.to(x.dtype), dropout_p, seed, g)
+        if need_da:
+            dropped = drop(x, seed, dropout_p, g)
+            das.append(_mm_accumulate(ds[:, columns[g]], dropped, a.dtype, 1.0))
     return dx, das, dbs
+
+
+def _das(ds: Tensor, x: Tensor, lora_as: list[Tensor], ranks: list[int]) -> list[Tensor]:
+    """dA of every member from one product, which reads X once. Copied apart: gradients that
+    share one storage would keep each other alive."""
+    if len({a.dtype for a in lora_as}) > 1:
+        parts = ds.split(ranks, 1)
+        return [_mm_accumulate(d, x, a.dtype, 1.0) for d, a in zip(parts, lora_as, strict=True)]
+    joined = _mm_accumulate(ds, x, lora_as[0].dtype, 1.0)
+    return [joined] if len(ranks) == 1 else _split_copy(joined, ranks)
