@@ -24,6 +24,7 @@ _PUBLIC = {
     "applied": "lora_kernels.integrations.peft",
     "env": "lora_kernels.environment",
     "explain": "lora_kernels.ops",
+    "QuantTensor": "lora_kernels.ops.quant_linear",
 }
 _SUBMODULES = ("ops", "modules", "training", "errors", "testing")
 
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from lora_kernels.modules.merge import unmerge as unmerge
     from lora_kernels.modules.replace import replace_modules as replace_modules
     from lora_kernels.ops import explain as explain
+    from lora_kernels.ops.quant_linear import QuantTensor as QuantTensor
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,10 @@ TYPICAL: dict[str, dict[str, dict[str, Any]]] = {
         dtype: {"M": 2048, "K": 2048, "N": 2048, "rank": 16, "dtype": dtype}
         for dtype in ("float32", "bfloat16")
     },
+    "quant_linear": {
+        dtype: {"M": 2048, "K": 2048, "N": 2048, "rank": 16, "nested": True, "dtype": dtype}
+        for dtype in ("float32", "bfloat16")
+    },
 }
 
 
@@ -37,4 +41,16 @@ def _lora_linear(backend: str) -> None:
             check_lora_linear(inputs, backend)
 
 
-_CHECKS: dict[str, Callable[[str], None]] = {"lora_linear": _lora_linear}
+def _quant_linear(backend: str) -> None:
+    from lora_kernels.testing import check_quant_linear, quant_linear_inputs
+
+    for name in ("nf4", "int8", "int4", "fp8"):
+        for dtype, dropout_p in ((torch.float32, 0.25), (torch.bfloat16, 0.0)):
+            inputs = quant_linear_inputs(70, 96, 81, 5, dtype, format=name, dropout_p=dropout_p)
+            check_quant_linear(inputs, backend)
+
+
+_CHECKS: dict[str, Callable[[str], None]] = {
+    "lora_linear": _lora_linear,
+    "quant_linear": _quant_linear,
+}

@@ -137,7 +137,8 @@ def test_reference_imports_torch_only(op):
     path = PACKAGE / "ops" / op / "reference.py"
     allowed = {"torch", "lora_kernels"} | set(sys.stdlib_module_names)
     assert {i.module.split(".")[0] for i in imports(path)} <= allowed
-    assert set(op_imports(op, "reference")) <= {"lora_kernels.ops._philox"}
+    data = {"lora_kernels.ops._philox", f"lora_kernels.ops.{op}", f"lora_kernels.ops.{op}.formats"}
+    assert set(op_imports(op, "reference")) <= data
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -153,7 +154,7 @@ def test_backends_stay_apart(op, stem):
 @pytest.mark.parametrize("op", OPS)
 def test_chain_inside_an_op(op):
     here = f"lora_kernels.ops.{op}"
-    order = ["api", "validate", "autograd", "contract", "problem"]
+    order = ["api", "validate", "autograd", "contract", "problem", "formats"]
     for position, stem in enumerate(order):
         upward = {f"{here}.{name}" for name in order[:position]} - {f"{here}.validate"}
         assert not set(op_imports(op, stem)) & upward, f"{stem}.py imports upward"

@@ -4,5 +4,14 @@ from __future__ import annotations
 
 from lora_kernels.ops._explain import explain
 from lora_kernels.ops.lora_linear import grouped_lora_linear, lora_linear
+from lora_kernels.ops.quant_linear import dequantize, quant_linear, quant_lora_linear, quantize
 
-__all__ = ["explain", "grouped_lora_linear", "lora_linear"]
+__all__ = [
+    "dequantize",
+    "explain",
+    "grouped_lora_linear",
+    "lora_linear",
+    "quant_linear",
+    "quant_lora_linear",
+    "quantize",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lora_kernels.errors import InvalidArgumentError
 from lora_kernels.ops._spec import OpSpec
 from lora_kernels.ops.lora_linear import problem as lora_linear
+from lora_kernels.ops.quant_linear import problem as quant_linear
 
 OPS: tuple[OpSpec, ...] = (
     OpSpec(
@@ -16,6 +17,21 @@ OPS: tuple[OpSpec, ...] = (
         choose=lora_linear.choose,
         flops=lora_linear.flops,
         min_bytes=lora_linear.min_bytes,
+        deterministic="bitwise from run to run, at a fixed number of threads",
+    ),
+    OpSpec(
+        name="quant_linear",
+        backends=quant_linear.BACKENDS,
+        schemas=(
+            "lora_kernels::quant_dequantize",
+            "lora_kernels::quant_linear_fwd",
+            "lora_kernels::quant_linear_bwd",
+        ),
+        problem=quant_linear.QuantLinearProblem.from_shapes,
+        supports=quant_linear.supports,
+        choose=quant_linear.choose,
+        flops=quant_linear.flops,
+        min_bytes=quant_linear.min_bytes,
         deterministic="bitwise from run to run, at a fixed number of threads",
     ),
 )

@@ -7,6 +7,12 @@ from lora_kernels.testing.check import check_lora_linear, compare, lora_linear_o
 from lora_kernels.testing.inputs import LAYOUTS, LoraLinearInputs, lora_linear_inputs, relayout
 from lora_kernels.testing.oracle import LoraLinearResults, lora_linear_results, yardstick
 from lora_kernels.testing.poison import poisoned_empty
+from lora_kernels.testing.quant_linear import (
+    QuantLinearInputs,
+    check_quant_linear,
+    quant_linear_inputs,
+    quant_linear_op,
+)
 
 __all__ = [
     "LAYOUTS",
@@ -14,13 +20,17 @@ __all__ = [
     "LoraLinearInputs",
     "LoraLinearResults",
     "Margin",
+    "QuantLinearInputs",
     "assert_within_budget",
     "check_lora_linear",
+    "check_quant_linear",
     "compare",
     "lora_linear_inputs",
     "lora_linear_op",
     "lora_linear_results",
     "poisoned_empty",
+    "quant_linear_inputs",
+    "quant_linear_op",
     "relayout",
     "yardstick",
 ]

@@ -18,8 +18,13 @@ from lora_kernels.ops.quant_linear import formats
 from lora_kernels.ops.quant_linear.formats import QuantSpec
 
 
-def quantize(w: Tensor, spec: QuantSpec) -> tuple[Tensor, ...]:
-    """The parts of `w`, rounded to the nearest code; statistics in fp32."""
+def quantize(
+    w: Tensor, spec: QuantSpec, scales_dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
+    """The parts of `w`, rounded to the nearest code; statistics in fp32.
+
+    `scales_dtype` is for int4; None takes :func:`int4_scales_dtype`.
+    """
     w = w.detach().float()
     if spec.layout == formats.FLAT:
         return _quantize_flat(w, spec)
@@ -30,7 +35,7 @@ def quantize(w: Tensor, spec: QuantSpec) -> tuple[Tensor, ...]:
         q = torch.round(rows * factor.clamp(max=torch.finfo(torch.float32).max))
         return q.clamp(-127, 127).to(torch.int8), scale
     if spec.format == "int4":
-        return _quantize_int4(rows, spec)
+        return _quantize_int4(rows, spec, scales_dtype or int4_scales_dtype(rows, spec))
     return _quantize_fp8(rows, spec)
 
 
@@ -58,30 +63,47 @@ def _quantize_flat(w: Tensor, spec: QuantSpec) -> tuple[Tensor, ...]:
     packed = nibbles[0::2] << 4 | nibbles[1::2]
     if not spec.nested_block_size:
         return packed, absmax, code
-    nested_code = formats.dynamic_map().to(w.device, copy=True)
-    offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
-    inner = _blocks(absmax - offset, spec.nested_block_size)
-    nested_absmax = inner.abs().amax(1)
-    scaled = inner * (1.0 / nested_absmax.clamp(min=formats.MIN_ABSMAX))[:, None]
-    codes = _nearest(scaled.reshape(-1)[: absmax.numel()], nested_code).to(torch.uint8)
+    codes, nested_absmax, nested_code, offset = nest(absmax, spec.nested_block_size)
     return packed, codes, code, nested_absmax, nested_code, offset
+
+
+def nest(absmax: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Statistics of the statistics: (u8 codes, nested_absmax, nested_code, offset)."""
+    code = formats.dynamic_map().to(absmax.device, copy=True)
+    offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
+    blocks = _blocks(absmax - offset, size)
+    nested_absmax = blocks.abs().amax(1)
+    scaled = blocks * (1.0 / nested_absmax.clamp(min=formats.MIN_ABSMAX))[:, None]
+    codes = _nearest(scaled.reshape(-1)[: absmax.numel()], code).to(torch.uint8)
+    return codes, nested_absmax, code, offset
 
 
 def _take(flat: Tensor, n: int) -> Tensor:
     return torch.nn.functional.pad(flat, (0, max(0, n - flat.numel())))[:n]
 
 
-def _quantize_int4(rows: Tensor, spec: QuantSpec) -> tuple[Tensor, ...]:
-    """Asymmetric rounding to nearest, per group of `block_size` along k."""
+def _groups(rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Groups [N, G, block_size] and the smallest and largest of each and zero."""
     n, k = rows.shape
     padded = torch.nn.functional.pad(rows, (0, spec.groups * spec.block_size - k))
     groups = padded.view(n, spec.groups, spec.block_size)
-    low, high = groups.amin(2).clamp(max=0.0), groups.amax(2).clamp(min=0.0)
-    scale = (high - low) / 15.0
-    half = torch.finfo(torch.float16)
+    return groups, groups.amin(2).clamp(max=0.0), groups.amax(2).clamp(min=0.0)
+
+
+def int4_scales_dtype(rows: Tensor, spec: QuantSpec) -> torch.dtype:
+    """float16, as GPTQ and AWQ have it, unless a scale is out of its normal range."""
+    _, low, high = _groups(rows.float(), spec)
+    scale, half = (high - low) / 15.0, torch.finfo(torch.float16)
     fits = (scale == 0) | ((scale >= half.tiny) & (scale <= half.max))
+    return torch.float16 if bool(fits.all()) else torch.float32
+
+
+def _quantize_int4(rows: Tensor, spec: QuantSpec, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Asymmetric rounding to nearest, per group of `block_size` along k."""
+    n, k = rows.shape
+    groups, low, high = _groups(rows, spec)
     # The stored scale, already rounded, decides the codes.
-    stored = scale.to(torch.float16 if bool(fits.all()) else torch.float32)
+    stored = ((high - low) / 15.0).to(dtype)
     divisor = torch.where(stored == 0, 1.0, stored.float())
     zero = torch.round(-low / divisor).clamp(0, 15)
     q = (torch.round(groups / divisor[..., None]) + zero[..., None]).clamp(0, 15)
@@ -164,7 +186,7 @@ def dequantize(parts: tuple[Tensor, ...], spec: QuantSpec, dtype: torch.dtype) -
         w = _dequantize_int4(parts, spec)
     else:
         w = parts[0].float() * _per_element(parts[1], spec)
-    return w.to(dtype).reshape(spec.shape)
+    return w.to(dtype).reshape(spec.shape).contiguous()
 
 
 def _dequantize_int4(parts: tuple[Tensor, ...], spec: QuantSpec) -> Tensor:

@@ -1,0 +1,166 @@
+"""The problem description that predicates, `explain`, benchmarks and tests share."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from lora_kernels.errors import InvalidArgumentError
+from lora_kernels.ops import _dispatch
+from lora_kernels.ops.quant_linear import formats
+from lora_kernels.ops.quant_linear.formats import FLOATS, QuantSpec, parts_of
+
+BACKENDS = ("reference", "aten")
+# Names that quantize and explain take, and the (format, layout) they stand for.
+FORMAT_NAMES: dict[str, tuple[str, str]] = {
+    "nf4": ("nf4", formats.FLAT),
+    "fp4": ("fp4", formats.FLAT),
+    "int8": ("int8", formats.INT8_ROW),
+    "int4": ("int4", formats.GPTQ),
+    "int4_awq": ("int4", formats.AWQ),
+    "fp8": ("fp8", formats.FP8_ROW),
+    "fp8_tensor": ("fp8", formats.FP8_TENSOR),
+    "fp8_row": ("fp8", formats.FP8_ROW),
+    "fp8_block": ("fp8", formats.FP8_BLOCK),
+}
+
+
+@dataclass(frozen=True)
+class QuantLinearProblem:
+    """Y [M, N] from X [M, K] and a quantized W; rank 0 is no adapter, M 0 plain dequantization."""
+
+    M: int
+    K: int
+    N: int
+    rank: int = 0
+    format: str = "nf4"
+    layout: str = formats.FLAT
+    block_size: int = 64
+    nested: bool = False
+    act_order: bool = False
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    dropout_p: float = 0.0
+
+    @classmethod
+    def of(
+        cls, x: Tensor, spec: QuantSpec, lora_a: Tensor | None, dropout_p: float
+    ) -> QuantLinearProblem:
+        rank = 0 if lora_a is None else lora_a.shape[0]
+        return cls._from_spec(x.shape[0], spec, rank, x.dtype, x.device.type, dropout_p)
+
+    @classmethod
+    def of_dequantize(cls, spec: QuantSpec, dtype: torch.dtype, device: str) -> QuantLinearProblem:
+        return cls._from_spec(0, spec, 0, dtype, device, 0.0)
+
+    @classmethod
+    def _from_spec(
+        cls, m: int, spec: QuantSpec, rank: int, dtype: torch.dtype, device: str, dropout_p: float
+    ) -> QuantLinearProblem:
+        return cls(
+            m, spec.columns, spec.rows, rank, spec.format, spec.layout, spec.block_size,
+            spec.nested_block_size > 0, spec.act_order, dtype, device, dropout_p,
+        )  # fmt: skip
+
+    @classmethod
+    def from_shapes(cls, **shapes: object) -> QuantLinearProblem:
+        """From keywords M, K, N, rank, format (a name of :data:`FORMAT_NAMES`), ..."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(shapes) - known)
+        if unknown:
+            raise InvalidArgumentError(
+                f"unknown argument {unknown[0]!r}; accepted: {', '.join(sorted(known))}"
+            )
+        missing = sorted({"M", "K", "N"} - set(shapes))
+        if missing:
+            raise InvalidArgumentError(f"argument {missing[0]!r} is missing; needed: M, K, N")
+        name = shapes.get("format", "nf4")
+        if "layout" not in shapes:
+            if name not in FORMAT_NAMES:
+                raise InvalidArgumentError(f"format={name!r}; accepted: {', '.join(FORMAT_NAMES)}")
+            shapes["format"], shapes["layout"] = FORMAT_NAMES[str(name)]
+        dtype = shapes.get("dtype", torch.float32)
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype.removeprefix("torch."), None)
+        if dtype not in FLOATS:
+            raise InvalidArgumentError(
+                f"dtype={shapes['dtype']!r} is not supported; accepted: "
+                + ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
+            )
+        shapes["dtype"] = dtype
+        return cls(**shapes)  # type: ignore[arg-type]
+
+    @property
+    def spec(self) -> QuantSpec:
+        nested = formats.NESTED_BLOCK if self.nested else 0
+        return QuantSpec(
+            self.format, self.layout, (self.N, self.K), self.dtype, self.block_size, nested,
+            self.act_order,
+        )  # fmt: skip
+
+
+@functools.cache
+def _module_exists(backend: str) -> bool:
+    return importlib.util.find_spec(f"lora_kernels.ops.quant_linear.{backend}") is not None
+
+
+def supports(backend: str, problem: QuantLinearProblem) -> tuple[bool, str]:
+    """Can this backend run this problem; the reason is for people."""
+    if backend == "reference":
+        return True, "plain PyTorch"
+    if backend == "aten":
+        return True, "library GEMMs"
+    if backend == "cpu" and _module_exists("cpu"):
+        return importlib.import_module("lora_kernels.ops.quant_linear.cpu").supports(problem)
+    return False, f"quant_linear has no {backend} kernels"
+
+
+def choose(problem: QuantLinearProblem, requested: str | None = None) -> tuple[str, str]:
+    """(backend, reason) that would run `problem`."""
+    name = _dispatch.requested_backend(requested)
+    return _choose(problem, name, os.environ.get("LORA_KERNELS_DISABLE", ""))
+
+
+@functools.lru_cache(maxsize=1024)
+def _choose(problem: QuantLinearProblem, name: str, disabled: str) -> tuple[str, str]:
+    """Cached on all that the answer depends on: `disabled` serves the key alone."""
+
+    def preferred(candidate: str) -> tuple[bool, str]:
+        if candidate == "cpu" and _module_exists("cpu"):
+            return importlib.import_module("lora_kernels.ops.quant_linear.cpu").preferred(problem)
+        return supports(candidate, problem)
+
+    if name == "auto":
+        return _dispatch.resolve("quant_linear", name, ("cpu",), preferred)
+    return _dispatch.resolve("quant_linear", name, (), lambda b: supports(b, problem))
+
+
+def weight_bytes(problem: QuantLinearProblem) -> float:
+    """Packed data and statistics."""
+    return float(
+        sum(
+            functools.reduce(lambda a, b: a * b, p.shape, 1) * p.dtypes[0].itemsize
+            for p in parts_of(problem.spec)
+        )
+    )
+
+
+def flops(problem: QuantLinearProblem, direction: str) -> float:
+    """Multiply-adds count two. `fwd`: Y; `bwd`: dX, dA, dB."""
+    m, k, n, r = problem.M, problem.K, problem.N, problem.rank
+    lora = 2.0 * m * r * (k + n)
+    return 2.0 * m * k * n + (lora if direction == "fwd" else 2.0 * lora)
+
+
+def min_bytes(problem: QuantLinearProblem, direction: str) -> float:
+    """Every operand read once, every result written once."""
+    e, m, k = problem.dtype.itemsize, problem.M, problem.K
+    n, r = problem.N, problem.rank
+    fwd = e * (m * k + r * (k + n) + m * n + m * r) + weight_bytes(problem)
+    return float(fwd if direction == "fwd" else fwd + e * (m * k + r * (k + n)))
