@@ -64,7 +64,7 @@ struct AmxEngine {
   using TA = bf16;
   using TB = bf16;
   static constexpr int MR = 32, NR = 32, NV = 16, KR = 32;
-  static constexpr int ROWS = 512, COLUMNS = 512, K_BLOCK = 512;
+  static constexpr int ROWS = 256, COLUMNS = 512, K_BLOCK = 512;
 
   static void enter() { _tile_loadconfig(&cpu::kTileConfig); }
   static void leave() {
@@ -206,18 +206,18 @@ struct AmxEngine {
     tail.output.rows = 0;
   }
   static void micro_then(const Segment<AmxEngine>* segments, int count, int64_t width,
-                         const float* sum, Tail& tail, const Output<AmxEngine>& output) {
+                         const float* sum, Tail& tail, const Output<AmxEngine>& output, Ahead ahead) {
     float* c = tail.tiles[tail.current ^ 1];
     if (output.rows > 16) {
       if (width > 16) {
-        micro_tiles<2, 2>(segments, count, sum, c, NR, &tail);
+        micro_tiles<2, 2>(segments, count, sum, c, NR, ahead, &tail);
       } else {
-        micro_tiles<2, 1>(segments, count, sum, c, NR, &tail);
+        micro_tiles<2, 1>(segments, count, sum, c, NR, ahead, &tail);
       }
     } else if (width > 16) {
-      micro_tiles<1, 2>(segments, count, sum, c, NR, &tail);
+      micro_tiles<1, 2>(segments, count, sum, c, NR, ahead, &tail);
     } else {
-      micro_tiles<1, 1>(segments, count, sum, c, NR, &tail);
+      micro_tiles<1, 1>(segments, count, sum, c, NR, ahead, &tail);
     }
     flush(tail);
     tail.current ^= 1;
@@ -228,14 +228,16 @@ struct AmxEngine {
   // c = sum + A B over the segments; `sum` (null: zero) has the row stride of c.
   template <int MT, int NT>
   static void micro_tiles(const Segment<AmxEngine>* segments, int count, const float* sum, float* c,
-                          int64_t ldc, Tail* tail) {
+                          int64_t ldc, Ahead ahead, Tail* tail) {
     const int64_t stride = ldc * 4;
-    int64_t pending = tail == nullptr ? 0 : tail->output.rows - tail->row;
-    int64_t steps = 0, per_step = 0;
-    if (pending > 0) {
-      for (int s = 0; s < count; ++s) steps += segments[s].k / 32;
-      per_step = (pending + steps - 1) / steps;
-    }
+    const int64_t pending_rows = tail == nullptr ? 0 : tail->output.rows - tail->row;
+    int64_t steps = 0;
+    for (int s = 0; s < count; ++s) steps += segments[s].k / 32;
+    int64_t pending = pending_rows;
+    const int64_t per_step = (pending_rows + steps - 1) / steps;
+    // More lines than this a step would fill the miss buffers that the tile loads need.
+    const int64_t lines = std::min<int64_t>((ahead.bytes / 64 + steps - 1) / steps, 8);
+    const char* const ahead_end = ahead.data + ahead.bytes;
     if (sum != nullptr) {
       _tile_loadd(0, sum, stride);
       if constexpr (NT == 2) _tile_loadd(1, sum + 16, stride);
@@ -263,6 +265,9 @@ struct AmxEngine {
           _tile_dpbf16ps(2, 5, 6);
           if constexpr (NT == 2) _tile_dpbf16ps(3, 5, 7);
         }
+        for (int64_t i = lines; i > 0 && ahead.data < ahead_end; --i, ahead.data += 64) {
+          _mm_prefetch(ahead.data, _MM_HINT_T1);
+        }
         for (int64_t i = per_step; i > 0 && pending > 0; --i, --pending) step(*tail);
         a += 1024;
         b += 512 * NT;
@@ -274,18 +279,18 @@ struct AmxEngine {
     if constexpr (MT == 2 && NT == 2) _tile_stored(3, c + 16 * ldc + 16, stride);
   }
   static void micro(const Segment<AmxEngine>* segments, int count, int64_t rows, int64_t width,
-                    float* c, int64_t ldc, bool accumulate) {
+                    float* c, int64_t ldc, bool accumulate, Ahead ahead = {}) {
     const float* sum = accumulate ? c : nullptr;
     if (rows > 16) {
       if (width > 16) {
-        micro_tiles<2, 2>(segments, count, sum, c, ldc, nullptr);
+        micro_tiles<2, 2>(segments, count, sum, c, ldc, ahead, nullptr);
       } else {
-        micro_tiles<2, 1>(segments, count, sum, c, ldc, nullptr);
+        micro_tiles<2, 1>(segments, count, sum, c, ldc, ahead, nullptr);
       }
     } else if (width > 16) {
-      micro_tiles<1, 2>(segments, count, sum, c, ldc, nullptr);
+      micro_tiles<1, 2>(segments, count, sum, c, ldc, ahead, nullptr);
     } else {
-      micro_tiles<1, 1>(segments, count, sum, c, ldc, nullptr);
+      micro_tiles<1, 1>(segments, count, sum, c, ldc, ahead, nullptr);
     }
   }
 

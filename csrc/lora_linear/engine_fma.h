@@ -222,7 +222,7 @@ struct FmaEngine {
     }
   }
   static void micro(const Segment<FmaEngine>* segments, int count, int64_t, int64_t width, float* c,
-                    int64_t ldc, bool accumulate) {
+                    int64_t ldc, bool accumulate, Ahead = {}) {
     if (width == 3 * VL) {
       micro_vectors<3>(segments, count, c, ldc, accumulate);
     } else if (width == 2 * VL) {
@@ -238,7 +238,7 @@ struct FmaEngine {
   };
   static void flush(Tail&) {}
   static void micro_then(const Segment<FmaEngine>* segments, int count, int64_t width, float* sum,
-                         Tail& tail, const Output<FmaEngine>& o) {
+                         Tail& tail, const Output<FmaEngine>& o, Ahead) {
     float* c = sum == nullptr ? tail.tiles[0] : sum;
     micro(segments, count, o.rows, width, c, NR, sum != nullptr);
     if (o.extra != nullptr) {

@@ -12,10 +12,11 @@
 //   pack_b_rows<Src>(src, ld, k, n, width, masks, n0, ldmask, dst)  one strip of B from [k, n];
 //                    masks (null: none) select elements, n0 is the strip's first column in them
 //   pack_b_cols<Src>(src, ld, k, n, width, dst)                 the same from [n, k]
-//   micro(segments, count, rows, width, c, ldc, accumulate)     C (+)= sum of A B over segments
+//   micro(segments, count, rows, width, c, ldc, accumulate[, ahead])  C (+)= sum of A B over
+//                    segments, fetching `ahead` into L2
 //   add_masked(lora, rows, width, masks, ldmask, k0, c)         c += kept elements of lora
 //   store(c, ldc, rows, n, bias, dst, ld)             fp32 tile -> T, bias added
-//   Tail, micro_then(..., tail, output)               micro, then store `output`; an engine may
+//   Tail, micro_then(..., tail, output, ahead)        micro, then store `output`; an engine may
 //                    leave the store in the tail and do it under the next product; flush(tail)
 //   enter(), leave()                                  per-thread state of the unit
 #pragma once
@@ -38,6 +39,21 @@ struct Segment {
 struct Range {
   int64_t begin, end;
 };
+
+// What a later product will read: an engine may fetch it while it computes.
+struct Ahead {
+  const char* data = nullptr;
+  int64_t bytes = 0;
+};
+
+// Slice `part` of `parts` of an array of elements.
+template <class V>
+Ahead ahead_slice(const V* data, int64_t count, int64_t part, int64_t parts) {
+  const int64_t bytes = count * static_cast<int64_t>(sizeof(V));
+  const int64_t slice = round_up((bytes + parts - 1) / parts, 64);
+  const int64_t begin = std::min(bytes, part * slice);
+  return {reinterpret_cast<const char*>(data) + begin, std::min(bytes - begin, slice)};
+}
 
 inline Range share(int64_t count, int part, int parts) {
   return {count * part / parts, count * (part + 1) / parts};
@@ -103,7 +119,8 @@ struct Term {
 // two operands from L3.
 template <class E>
 int64_t chunk_strips(int64_t max_strips) {
-  return std::max<int64_t>(1, std::min<int64_t>(max_strips, E::ROWS / E::MR));
+  const int64_t chunks = (max_strips * E::MR + E::ROWS - 1) / E::ROWS;  // of equal size
+  return chunks == 0 ? 1 : (max_strips + chunks - 1) / chunks;
 }
 
 // fp32 sums of one panel; none where one block of k covers everything.
@@ -158,6 +175,15 @@ void multiply(const Term<E>* terms, int count, int64_t strips, int64_t n, Range 
       const bool last = term == count;
       for (int64_t j = j0; j < j1; ++j) {
         const int64_t width = strip_width<E>(n, j * E::NR);
+        // The strip of B that follows streams from L3; every product of this one fetches a slice.
+        const Term<E>& next_term = terms[j + 1 < j1 ? pieces[0].term : last ? 0 : term];
+        const int64_t next_j = j + 1 < j1 ? j + 1 : last ? j1 : j0;
+        const int64_t next_k0 = j + 1 < j1 ? pieces[0].k0 : last ? 0 : k0;
+        const int64_t next_width = strip_width<E>(n, next_j * E::NR);
+        const auto* next = next_term.b + next_j * E::NR * next_term.k + next_k0 * next_width;
+        const int64_t next_count =
+            next_j < cols.end ? next_width * std::min<int64_t>(E::K_BLOCK, next_term.k - next_k0)
+                              : 0;
         for (int64_t i = 0; i < strips; ++i) {
           Segment<E> segments[kMaxSegments];
           for (int s = 0; s < piece_count; ++s) {
@@ -165,12 +191,13 @@ void multiply(const Term<E>* terms, int count, int64_t strips, int64_t n, Range 
             segments[s] = {t.a + (i * t.k + pieces[s].k0) * E::MR,
                            t.b + j * E::NR * t.k + pieces[s].k0 * width, pieces[s].k};
           }
+          const Ahead ahead = ahead_slice(next, next_count, i, strips);
           float* sum = sums + ((j - j0) * strips + i) * E::MR * E::NR;
           if (last) {
             E::micro_then(segments, piece_count, width, first ? nullptr : sum, tail,
-                          make_output(i, j));
+                          make_output(i, j), ahead);
           } else {
-            E::micro(segments, piece_count, E::MR, width, sum, E::NR, !first);
+            E::micro(segments, piece_count, E::MR, width, sum, E::NR, !first, ahead);
           }
         }
       }
