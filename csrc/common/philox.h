@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "host_device.h"
+
 #if defined(__AVX512BW__)
 #include <immintrin.h>
 #endif
@@ -16,6 +18,27 @@ struct DropoutParams {
 };
 
 namespace {
+
+// One call of the generator for counter (lane, row, stream, 0), where lane = 16 * (k / 128) +
+// (k % 32) / 2: half k % 2 of words[(k % 128) / 32] is the draw of column k.
+LK_HOST_DEVICE inline void philox_words(uint32_t key0, uint32_t key1, uint32_t lane, uint32_t row,
+                                        uint32_t stream, uint32_t words[4]) {
+  uint32_t c0 = lane, c1 = row, c2 = stream, c3 = 0;
+  for (int round = 0; round < 7; ++round) {
+    const uint64_t p0 = static_cast<uint64_t>(c0) * 0xD2511F53u;
+    const uint64_t p1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ key0;
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ key1;
+    c1 = static_cast<uint32_t>(p1);
+    c3 = static_cast<uint32_t>(p0);
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+  words[0] = c0;
+  words[1] = c1;
+  words[2] = c2;
+  words[3] = c3;
+}
 
 #if defined(__AVX512BW__)
 

@@ -36,7 +36,7 @@ size_t da_workspace(const DaParams&);
 cudaError_t launch_pad(const PadParams&, cudaStream_t);         // 1 launch
 cudaError_t launch_shrink(const ShrinkParams&, cudaStream_t);   // 1, or 2 when K is split
 cudaError_t launch_dy_pass(const DyPassParams&, cudaStream_t);  // 2
-cudaError_t launch_da(const DaParams&, cudaStream_t);           // 1, or 2 when M is split
+cudaError_t launch_da(const DaParams&, cudaStream_t);           // 2
 cudaError_t launch_gemm_sm80(const GemmParams&, cudaStream_t);  // 1; sm_80 and newer
 
 }  // namespace lora_kernels::lora_linear::cuda

@@ -18,6 +18,7 @@
 #include <cstdint>
 
 #include "../../common/dtype.h"
+#include "../../common/host_device.h"
 
 namespace lora_kernels::lora_linear::cuda {
 
@@ -28,7 +29,7 @@ constexpr int kMaxPadJobs = 3 * kMaxGroup;
 
 // Columns of a member in the padded buffers scaled_s and ds: rank rounded up, so that each member
 // starts at a multiple of 16 bytes. Padding columns are written as zeros.
-constexpr int64_t padded_rank(int64_t rank) {
+LK_HOST_DEVICE constexpr int64_t padded_rank(int64_t rank) {
   return (rank + kRankAlign - 1) / kRankAlign * kRankAlign;
 }
 
@@ -161,7 +162,7 @@ struct GemmTerm {
   int64_t lda;
   const void* b;  // [N, k] or [k, N] of T
   int64_t ldb;
-  int64_t k;   // >= 1
+  int64_t k;
   int stream;  // >= 0: the product is multiplied by the keep mask of this stream (rows and columns
                // of C; dropout.threshold decides whether there is one); -1: never masked
 };

@@ -1,0 +1,32 @@
+// How long sums are shared between blocks. Host code; the same answer for the workspace query and
+// for the launch.
+#pragma once
+
+#include <cstdint>
+
+namespace lora_kernels::lora_linear::cuda {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Split {
+  int parts;         // >= 1
+  int64_t per_part;  // steps, the last part may have fewer
+};
+
+// `steps` steps of each of `blocks` blocks; about `per_sm` blocks per multiprocessor are wanted and
+// no part shorter than `least` steps. wanted > 0 asks for that many parts.
+inline Split choose_split(int64_t steps, int64_t blocks, int sm_count, int per_sm, int64_t least,
+                          int wanted) {
+  int64_t parts = wanted;
+  if (parts <= 0) {
+    const int64_t slots = static_cast<int64_t>(sm_count > 0 ? sm_count : 1) * per_sm;
+    parts = blocks > 0 ? slots / blocks : 1;
+    if (parts > steps / least) parts = steps / least;
+  }
+  if (parts > steps) parts = steps;
+  if (parts < 1) parts = 1;
+  const int64_t per_part = steps > 0 ? ceil_div(steps, parts) : 1;
+  return {static_cast<int>(steps > 0 ? ceil_div(steps, per_part) : 1), per_part};
+}
+
+}  // namespace lora_kernels::lora_linear::cuda
