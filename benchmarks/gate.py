@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.providers import BASELINE, Case, Provider, undropped
+from benchmarks.providers import BASELINE, Case, Provider, op_layer, undropped
 from lora_kernels.testing import (
     LoraLinearInputs,
     LoraLinearResults,
@@ -40,23 +40,16 @@ class Gate:
         judged = undropped(provider, case)
         if case.dropout_p and judged is provider:
             judged = _with_seed(provider, case)
-        y, grads = judged.fwd().detach(), judged.fwdbwd()
-        actual = LoraLinearResults([y], grads[0], [], [grads[1]], [grads[2]], [None])
+        ys, grads, n = judged.fwd(), judged.fwdbwd(), len(case.outs)
+        actual = LoraLinearResults(
+            ys=[y.detach() for y in ys], dx=grads[0], dws=[], das=list(grads[1 : 1 + n]),
+            dbs=list(grads[1 + n :]), dbiases=[None] * n,
+        )  # fmt: skip
         margins = compare(actual, *self._expected(judged.inputs), f"{provider.name}: ").values()
         return Margin(max(m.max_norm for m in margins), max(m.rms for m in margins))
 
 
 def _with_seed(provider: Provider, case: Case) -> Provider:
     """The same provider with the mask that the oracle draws."""
-    from lora_kernels.ops import lora_linear
-
-    i = provider.inputs
-    x, a, b = provider.leaves
-
-    def layer(t: torch.Tensor) -> torch.Tensor:
-        return lora_linear(
-            t, i.weights[0], a, b, i.scalings[0],
-            dropout_p=case.dropout_p, seed=i.seed, backend=provider.name.removesuffix("-fp32"),
-        )  # fmt: skip
-
-    return replace(provider, layer=layer, leaves=(x, a, b))
+    i, backend = provider.inputs, provider.name.removesuffix("-fp32")
+    return replace(provider, layer=op_layer(case, i, provider.leaves, backend, i.seed))

@@ -11,8 +11,10 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 Work = Callable[[], object]
+Timed = Callable[[Work, int], float]
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,34 @@ class Timing:
     rounds: int
 
 
-def _timed(work: Work, calls: int) -> float:
+def wall_clock(work: Work, calls: int) -> float:
+    """Seconds per call."""
     start = time.perf_counter()
     for _ in range(calls):
         work()
     return (time.perf_counter() - start) / calls
+
+
+class DeviceClock:
+    """Seconds per call between two events on the device.
+
+    `event()` makes an event with ``record``, ``synchronize`` and ``elapsed_time`` (milliseconds),
+    such as ``torch.cuda.Event(enable_timing=True)``. `cold()` is called before each turn; it
+    evicts what an earlier turn left in the caches.
+    """
+
+    def __init__(self, event: Callable[[], Any], cold: Work = lambda: None) -> None:
+        self.event, self.cold = event, cold
+
+    def __call__(self, work: Work, calls: int) -> float:
+        start, end = self.event(), self.event()
+        self.cold()
+        start.record()
+        for _ in range(calls):
+            work()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3 / calls
 
 
 def measure(
@@ -56,6 +81,7 @@ def measure(
     rounds: int = 15,
     round_seconds: float = 0.03,
     warm_up: int = 3,
+    timed: Timed = wall_clock,
 ) -> dict[str, Timing]:
     """Time every work against works[baseline].
 
@@ -64,18 +90,19 @@ def measure(
         round_seconds: least duration of a turn; short works are called several times in it.
         warm_up: calls before timing; the first of them is reported as `first_call` (packing,
             compilation and allocation happen there).
+        timed: the clock; it waits for what it times.
     """
     first, calls = {}, {}
     for name, work in works.items():
-        first[name] = _timed(work, 1)
-        settled = min(_timed(work, 1) for _ in range(max(warm_up - 1, 1)))
+        first[name] = timed(work, 1)
+        settled = min(timed(work, 1) for _ in range(max(warm_up - 1, 1)))
         calls[name] = max(1, round(round_seconds / settled))
     samples: dict[str, list[float]] = {name: [] for name in works}
     names = list(works)
     for turn in range(rounds):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
-            samples[name].append(_timed(works[name], calls[name]))
+            samples[name].append(timed(works[name], calls[name]))
     return {
         name: Timing(
             seconds=Quartiles.of(samples[name]),
