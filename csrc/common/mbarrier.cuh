@@ -1,33 +1,33 @@
-// Transaction barriers in shared memory (PTX ISA, "mbarrier"), named barriers, cluster barriers.
+// Transaction barriers in shared memory (PTX ISA, "mbarrier") and cluster barriers.
 // sm_90 and later. Addresses are 32-bit shared-memory addresses.
 #pragma once
 
-#include <cstdint>
+#include "gpu.h"
 
 namespace lora_kernels {
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+LK_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-__device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
+LK_DEVICE void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
 // Makes the initialisations visible to the copy engine and to the other blocks of the cluster; a
 // barrier of the block or cluster follows.
-__device__ __forceinline__ void mbarrier_init_fence() {
+LK_DEVICE void mbarrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
 // One arrival, and `bytes` more to come from the copy engine before the phase ends.
-__device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
+LK_DEVICE void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
 
 // One arrival at the barrier that block `cta` of the cluster has at the same address.
-__device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t barrier, uint32_t cta) {
+LK_DEVICE void mbarrier_arrive_cluster(uint32_t barrier, uint32_t cta) {
   asm volatile(
       "{\n"
       ".reg .b32 remote;\n"
@@ -40,7 +40,7 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t barrier, uint32
 
 // Returns when the phase of the given parity has ended. A barrier starts in phase 0: waiting for
 // parity 1 then returns at once, for parity 0 only after the first phase has ended.
-__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+LK_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
@@ -53,7 +53,7 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
 }
 
 // The same where other blocks of the cluster arrive.
-__device__ __forceinline__ void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
+LK_DEVICE void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
@@ -65,25 +65,20 @@ __device__ __forceinline__ void mbarrier_wait_cluster(uint32_t barrier, uint32_t
       : "memory");
 }
 
-// Barrier `id` (1 to 15) among `threads` threads of the block, whole warps.
-__device__ __forceinline__ void named_barrier(uint32_t id, uint32_t threads) {
-  asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-__device__ __forceinline__ uint32_t cluster_rank() {
+LK_DEVICE uint32_t cluster_rank() {
   uint32_t value;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(value));
   return value;
 }
 
-__device__ __forceinline__ uint32_t cluster_size() {
+LK_DEVICE uint32_t cluster_size() {
   uint32_t value;
   asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(value));
   return value;
 }
 
 // All threads of all blocks of the cluster.
-__device__ __forceinline__ void cluster_barrier() {
+LK_DEVICE void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }

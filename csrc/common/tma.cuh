@@ -5,20 +5,20 @@
 
 #include <cuda.h>
 
-#include <cstdint>
+#include "gpu.h"
 
 namespace lora_kernels {
 
-__device__ __forceinline__ uint64_t map_address(const CUtensorMap* map) {
+LK_DEVICE uint64_t map_address(const CUtensorMap* map) {
   return reinterpret_cast<uint64_t>(map);
 }
 
-__device__ __forceinline__ void tma_prefetch(const CUtensorMap* map) {
+LK_DEVICE void tma_prefetch(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map_address(map)) : "memory");
 }
 
 // A box into this block's shared memory; its bytes complete on `barrier`.
-__device__ __forceinline__ void tma_load(uint32_t destination, const CUtensorMap* map,
+LK_DEVICE void tma_load(uint32_t destination, const CUtensorMap* map,
                                          uint32_t barrier, int column, int row) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
@@ -29,7 +29,7 @@ __device__ __forceinline__ void tma_load(uint32_t destination, const CUtensorMap
 
 // A box into the same place of every block whose bit is set in `blocks`; its bytes complete on the
 // barrier at the address of `barrier` in each of them.
-__device__ __forceinline__ void tma_load_multicast(uint32_t destination, const CUtensorMap* map,
+LK_DEVICE void tma_load_multicast(uint32_t destination, const CUtensorMap* map,
                                                    uint32_t barrier, int column, int row,
                                                    uint16_t blocks) {
   asm volatile(
@@ -40,7 +40,7 @@ __device__ __forceinline__ void tma_load_multicast(uint32_t destination, const C
 }
 
 // A box from shared memory, as part of this thread's current bulk group.
-__device__ __forceinline__ void tma_store(const CUtensorMap* map, uint32_t source, int column,
+LK_DEVICE void tma_store(const CUtensorMap* map, uint32_t source, int column,
                                           int row) {
   asm volatile(
       "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(
@@ -49,24 +49,24 @@ __device__ __forceinline__ void tma_store(const CUtensorMap* map, uint32_t sourc
       : "memory");
 }
 
-__device__ __forceinline__ void tma_store_commit() {
+LK_DEVICE void tma_store_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
 // At most kPending of this thread's groups still read shared memory.
 template <int kPending>
-__device__ __forceinline__ void tma_store_wait_read() {
+LK_DEVICE void tma_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
 // All of this thread's groups have been written.
-__device__ __forceinline__ void tma_store_wait_all() {
+LK_DEVICE void tma_store_wait_all() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
 // Ordinary stores of this thread to shared memory become visible to the copy engine and to wgmma;
 // a barrier with the thread that starts them follows.
-__device__ __forceinline__ void async_proxy_fence() {
+LK_DEVICE void async_proxy_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 

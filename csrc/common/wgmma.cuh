@@ -6,32 +6,28 @@
 // 16 w + l / 4 + 8 h, column 8 j + 2 (l % 4) + e.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
-#include <type_traits>
+#include "convert.cuh"
 
 namespace lora_kernels {
 
 // Orders this warpgroup's own accesses to the accumulators before the products that follow.
-__device__ __forceinline__ void wgmma_fence() {
+LK_DEVICE void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
-__device__ __forceinline__ void wgmma_commit() {
+LK_DEVICE void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
 // At most kPending committed groups are still running.
 template <int kPending>
-__device__ __forceinline__ void wgmma_wait() {
+LK_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
 // Keeps the compiler from moving accumulators across this point.
 template <int kCount>
-__device__ __forceinline__ void pin_registers(float (&d)[kCount]) {
+LK_DEVICE void pin_registers(float (&d)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
@@ -72,10 +68,10 @@ __device__ __forceinline__ void pin_registers(float (&d)[kCount]) {
       : "memory")
 
 // d += A B, or d = A B where `accumulate` is 0. A is K-major; B is K-major, or N-major where
-// kTransposedB. T is __nv_bfloat16 or __half.
+// kTransposedB. T is bf16 or fp16.
 template <typename T, bool kTransposedB>
-__device__ __forceinline__ void wgmma(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+LK_DEVICE void wgmma(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
+  if constexpr (is_bf16<T>::value) {
     LK_WGMMA("64", 32, "bf16", "32", "33", "34", "35");
   } else {
     LK_WGMMA("64", 32, "f16", "32", "33", "34", "35");
@@ -83,8 +79,8 @@ __device__ __forceinline__ void wgmma(float (&d)[32], uint64_t a, uint64_t b, in
 }
 
 template <typename T, bool kTransposedB>
-__device__ __forceinline__ void wgmma(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+LK_DEVICE void wgmma(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
+  if constexpr (is_bf16<T>::value) {
     LK_WGMMA("128", 64, "bf16", "64", "65", "66", "67");
   } else {
     LK_WGMMA("128", 64, "f16", "64", "65", "66", "67");
@@ -92,8 +88,8 @@ __device__ __forceinline__ void wgmma(float (&d)[64], uint64_t a, uint64_t b, in
 }
 
 template <typename T, bool kTransposedB>
-__device__ __forceinline__ void wgmma(float (&d)[128], uint64_t a, uint64_t b, int accumulate) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+LK_DEVICE void wgmma(float (&d)[128], uint64_t a, uint64_t b, int accumulate) {
+  if constexpr (is_bf16<T>::value) {
     LK_WGMMA("256", 128, "bf16", "128", "129", "130", "131");
   } else {
     LK_WGMMA("256", 128, "f16", "128", "129", "130", "131");
@@ -113,18 +109,18 @@ __device__ __forceinline__ void wgmma(float (&d)[128], uint64_t a, uint64_t b, i
 // Hands registers back to, or takes them from, the other warpgroups of the block. Every warp of the
 // warpgroup calls it; the sum over all warpgroups may not exceed what the block started with.
 template <int kRegisters>
-__device__ __forceinline__ void give_registers() {
+LK_DEVICE void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 template <int kRegisters>
-__device__ __forceinline__ void take_registers() {
+LK_DEVICE void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 // Four 8x8 blocks of 16-bit elements to shared memory. Lane l gives the address of row l % 8 of block
 // l / 8 and holds row l / 4, columns 2 (l % 4) + {0, 1} of each block, which is how accumulators lie.
-__device__ __forceinline__ void store_matrix_x4(uint32_t row_address, uint32_t r0, uint32_t r1,
+LK_DEVICE void store_matrix_x4(uint32_t row_address, uint32_t r0, uint32_t r1,
                                                 uint32_t r2, uint32_t r3) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row_address),
                "r"(r0), "r"(r1), "r"(r2), "r"(r3)

@@ -21,39 +21,15 @@
 // Limits: 16-byte aligned pointers and rows (check_sm90), extents below 2^31.
 #pragma once
 
+#include "../../common/barrier.cuh"
 #include "../../common/mbarrier.cuh"
-#include "../../common/philox.h"
 #include "../../common/tma.cuh"
 #include "../../common/wgmma.cuh"
+#include "dropout.cuh"
+#include "gemm_sm90_params.h"
 #include "gemm_sm90_schedule.h"
-#include "params.h"
 
 namespace lora_kernels::lora_linear::cuda {
-
-struct Sm90Problem {
-  const void* bias;
-  Dtype bias_dtype;
-  int n;
-  int n_blocks;
-  int first_tile;
-  int first_term;
-  int terms;
-};
-
-struct Sm90Params {
-  CUtensorMap a[kMaxTerms];
-  CUtensorMap b[kMaxTerms];
-  CUtensorMap c[kMaxGroup];
-  int k[kMaxTerms];
-  int stream[kMaxTerms];
-  Sm90Problem problem[kMaxGroup];
-  int problems;
-  int m;
-  int m_blocks;  // of a cluster
-  int band;
-  int tiles;
-  Dropout dropout;
-};
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -64,7 +40,7 @@ struct Sm90Work {
 };
 
 template <int kBlockN>
-__device__ __forceinline__ Sm90Work find_work(const Sm90Params& p, int tile, int clusters,
+LK_DEVICE Sm90Work find_work(const Sm90Params& p, int tile, int clusters,
                                               int rank) {
   int i = 0;
   while (i + 1 < p.problems && tile >= p.problem[i + 1].first_tile) ++i;
@@ -74,7 +50,7 @@ __device__ __forceinline__ Sm90Work find_work(const Sm90Params& p, int tile, int
 }
 
 template <int kBlockN, bool kTransposedB>
-__device__ __forceinline__ void produce(const Sm90Params& p, uint32_t stages, uint32_t barriers,
+LK_DEVICE void produce(const Sm90Params& p, uint32_t stages, uint32_t barriers,
                                         int cluster, int clusters, int blocks, int rank) {
   using Tile = Sm90Tile<kBlockN>;
   constexpr int kBoxes = kTransposedB ? kBlockN / 64 : kBlockN / 128;
@@ -111,13 +87,13 @@ __device__ __forceinline__ void produce(const Sm90Params& p, uint32_t stages, ui
 
 // Gives a stage back to the producers of all blocks that fill it; every consumer warp does.
 template <int kStages>
-__device__ __forceinline__ void release(uint32_t barriers, int stage, int blocks) {
+LK_DEVICE void release(uint32_t barriers, int stage, int blocks) {
   const int lane = threadIdx.x % 32;
   if (lane < blocks) mbarrier_arrive_cluster(barriers + 8 * (kStages + stage), lane);
 }
 
 template <bool kTransposedB>
-__device__ __forceinline__ uint64_t descriptor_b(uint32_t tile, int k16) {
+LK_DEVICE uint64_t descriptor_b(uint32_t tile, int k16) {
   return kTransposedB ? n_major_descriptor(tile, k16, 64 * kTileRowBytes)
                       : k_major_descriptor(tile, k16);
 }
@@ -125,13 +101,9 @@ __device__ __forceinline__ uint64_t descriptor_b(uint32_t tile, int k16) {
 // Keep bits of this thread's accumulators: bit 4 j + 2 h + e of keep[c] is register 4 j + 2 h + e of
 // the 64 columns c.
 template <int kBlockN>
-__device__ __forceinline__ void draw_keep_bits(const Dropout& dropout, uint32_t stream, int row,
-                                               int n, uint32_t (&keep)[kBlockN / 64]) {
-  const uint64_t seed = dropout.seed != nullptr ? static_cast<uint64_t>(*dropout.seed) : 0;
-  const uint32_t key0 = dropout.seed != nullptr ? static_cast<uint32_t>(seed) : dropout.key[0];
-  const uint32_t key1 =
-      dropout.seed != nullptr ? static_cast<uint32_t>(seed >> 32) : dropout.key[1];
-  const uint32_t quad = threadIdx.x % 4;
+LK_DEVICE void draw_keep_bits(const DropoutKey& key, int stream, int row, int n,
+                              uint32_t (&keep)[kBlockN / 64]) {
+  const int quad = threadIdx.x % 4;
 #pragma unroll
   for (int c = 0; c < kBlockN / 64; ++c) keep[c] = 0;
 #pragma unroll
@@ -141,53 +113,33 @@ __device__ __forceinline__ void draw_keep_bits(const Dropout& dropout, uint32_t 
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         uint32_t word[4];
-        philox_words(key0, key1, 16 * (n / 128 + block) + 4 * i + quad, row + 8 * h, stream, word);
+        key.words(row + 8 * h, n / 128 + block, 4 * i + quad, stream, word);
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
           const int bit = 4 * (4 * (w % 2) + i) + 2 * h;
-          const uint32_t low = (word[w] & 0xffffu) >= dropout.threshold;
-          const uint32_t high = (word[w] >> 16) >= dropout.threshold;
-          keep[2 * block + w / 2] |= low << bit | high << (bit + 1);
+          keep[2 * block + w / 2] |= (key.keeps_low(word[w]) ? 1u : 0u) << bit |
+                                     (key.keeps_high(word[w]) ? 2u : 0u) << bit;
         }
       }
     }
   }
 }
 
-__device__ __forceinline__ float load_bias(const void* bias, Dtype dtype, int column) {
-  if (dtype == Dtype::kFloat32) return static_cast<const float*>(bias)[column];
-  if (dtype == Dtype::kFloat16) return __half2float(static_cast<const __half*>(bias)[column]);
-  return __bfloat162float(static_cast<const __nv_bfloat16*>(bias)[column]);
-}
-
-template <typename T>
-__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
-  uint32_t bits;
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    bits = *reinterpret_cast<const uint32_t*>(&pair);
-  } else {
-    const __half2 pair = __floats2half2_rn(low, high);
-    bits = *reinterpret_cast<const uint32_t*>(&pair);
-  }
-  return bits;
-}
-
 // The bias of columns t and t + 128 of a tile, for thread t of a consumer; 0 where there is none.
 template <int kBlockN>
-__device__ __forceinline__ void load_biases(const Sm90Problem& problem, int n,
+LK_DEVICE void load_biases(const Sm90Problem& problem, int n,
                                             float (&bias)[kBlockN / 128]) {
 #pragma unroll
   for (int i = 0; i < kBlockN / 128; ++i) {
     const int column = n + 128 * i + static_cast<int>(threadIdx.x % 128);
     const bool there = problem.bias != nullptr && column < problem.n;
-    bias[i] = there ? load_bias(problem.bias, problem.bias_dtype, column) : 0.0f;
+    bias[i] = there ? load_as_float(problem.bias, column, problem.bias_dtype) : 0.0f;
   }
 }
 
 // Bias, rounding, and out through two staging boxes of [64 rows, 64 columns] in turn.
 template <typename T, int kBlockN>
-__device__ __forceinline__ void store_tile(const Sm90Params& p, const Sm90Work& work,
+LK_DEVICE void store_tile(const Sm90Params& p, const Sm90Work& work,
                                            uint32_t staging, float* staged_bias, int consumer,
                                            const float (&bias)[kBlockN / 128],
                                            const float (&d)[kBlockN / 2]) {
@@ -212,8 +164,8 @@ __device__ __forceinline__ void store_tile(const Sm90Params& p, const Sm90Work& 
       for (int i = 0; i < 2; ++i) {
         const float* v = &d[32 * chunk + 4 * (j + i)];
         const float2 add = reinterpret_cast<const float2*>(staged_bias)[4 * (j + i) + lane % 4];
-        packed[2 * i] = pack_pair<T>(v[0] + add.x, v[1] + add.y);
-        packed[2 * i + 1] = pack_pair<T>(v[2] + add.x, v[3] + add.y);
+        packed[2 * i] = pack2<T>(v[0] + add.x, v[1] + add.y);
+        packed[2 * i + 1] = pack2<T>(v[2] + add.x, v[3] + add.y);
       }
       store_matrix_x4(box + swizzle_128b(staged_row, j + right), packed[0], packed[1], packed[2],
                       packed[3]);
@@ -231,7 +183,7 @@ __device__ __forceinline__ void store_tile(const Sm90Params& p, const Sm90Work& 
 // d += the product of one term, one group of products in flight. `held` is the stage whose products
 // may still run at return, or -1; `accumulate` is 0 where d has no value yet.
 template <typename T, int kBlockN, bool kTransposedB>
-__device__ __forceinline__ void multiply_term(int k, uint32_t stages, uint32_t barriers,
+LK_DEVICE void multiply_term(int k, uint32_t stages, uint32_t barriers,
                                               int consumer, int blocks, PipelinePlace& place,
                                               int& held, int& accumulate,
                                               float (&d)[kBlockN / 2]) {
@@ -280,7 +232,7 @@ __device__ __forceinline__ void multiply_term(int k, uint32_t stages, uint32_t b
 
 // Waits for the products in flight and gives their stage back.
 template <int kStages, int kCount>
-__device__ __forceinline__ void finish_products(uint32_t barriers, int blocks, int& held,
+LK_DEVICE void finish_products(uint32_t barriers, int blocks, int& held,
                                                 float (&d)[kCount]) {
   wgmma_wait<0>();
   pin_registers(d);
@@ -289,11 +241,12 @@ __device__ __forceinline__ void finish_products(uint32_t barriers, int blocks, i
 }
 
 template <typename T, int kBlockN, bool kTransposedB, bool kMasked>
-__device__ __forceinline__ void consume(const Sm90Params& p, uint32_t stages, uint32_t staging,
+LK_DEVICE void consume(const Sm90Params& p, uint32_t stages, uint32_t staging,
                                         uint32_t barriers, float* staged_bias, int consumer,
                                         int cluster, int clusters, int blocks, int rank) {
   using Tile = Sm90Tile<kBlockN>;
   const int thread = threadIdx.x % 128;
+  const DropoutKey key(p.dropout);
   PipelinePlace place;
 #pragma unroll 1
   for (int tile = cluster; tile < p.tiles; tile += clusters) {
@@ -313,7 +266,7 @@ __device__ __forceinline__ void consume(const Sm90Params& p, uint32_t stages, ui
         multiply_term<T, kBlockN, kTransposedB>(p.k[t], stages, barriers, consumer, blocks, place,
                                                 held, accumulate, d);
         uint32_t keep[kBlockN / 64];
-        draw_keep_bits<kBlockN>(p.dropout, p.stream[t], row, work.n, keep);
+        draw_keep_bits<kBlockN>(key, p.stream[t], row, work.n, keep);
         finish_products<Tile::kStages>(barriers, blocks, held, d);
 #pragma unroll
         for (int i = 0; i < kBlockN / 2; ++i) {

@@ -15,9 +15,10 @@ namespace lora_kernels::lora_linear::cuda {
 
 enum class Sm90Config : int {
   kChoose = 0,          // by the number of waves, see choose_sm90
-  k128x256Cluster = 1,  // two blocks share each B tile by multicast
+  k128x256Cluster = 1,  // Cluster: two blocks share each B tile by multicast
   k128x256 = 2,
-  k128x128 = 3,
+  k128x128Cluster = 3,
+  k128x128 = 4,
 };
 
 // Null when launch_gemm_sm90 accepts the arguments (those that check() accepts), else one sentence:

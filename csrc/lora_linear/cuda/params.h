@@ -33,7 +33,7 @@ LK_HOST_DEVICE constexpr int64_t padded_rank(int64_t rank) {
   return (rank + kRankAlign - 1) / kRankAlign * kRankAlign;
 }
 
-inline bool aligned16(const void* data, int64_t ld) {
+LK_HOST_DEVICE inline bool aligned16(const void* data, int64_t ld) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && ld % 8 == 0;
 }
 

@@ -4,9 +4,11 @@
 
 #include <cstdint>
 
+#include "../../common/host_device.h"
+
 namespace lora_kernels::lora_linear::cuda {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+LK_HOST_DEVICE inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Split {
   int parts;         // >= 1

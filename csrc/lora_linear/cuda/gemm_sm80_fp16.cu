@@ -1,0 +1,9 @@
+#include "gemm_sm80_run.cuh"
+
+namespace lora_kernels::lora_linear::cuda {
+
+cudaError_t run_gemm_sm80_fp16(const GemmParams& p, GemmTile tile, cudaStream_t stream) {
+  return run_gemm<fp16>(p, tile, stream);
+}
+
+}  // namespace lora_kernels::lora_linear::cuda

@@ -1,0 +1,46 @@
+// The tile variants of gemm_sm80.cuh for one element type.
+#pragma once
+
+#include "gemm_sm80.cuh"
+#include "gemm_sm80_tiles.h"
+
+namespace lora_kernels::lora_linear::cuda {
+
+using Gemm128x256 = GemmShape<128, 256, 64, 64, 4, 1>;
+using Gemm128x128 = GemmShape<128, 128, 64, 64, 4, 2>;
+using Gemm64x64 = GemmShape<64, 64, 32, 32, 4, 4>;
+
+template <class T, OperandLayout kLayout, class S, bool kAligned>
+cudaError_t launch_gemm(const GemmParams& p, cudaStream_t stream) {
+  GemmArgs args{p, {}, static_cast<int>(ceil_div(p.m, S::BM))};
+  int64_t tiles = 0;
+  for (int i = 0; i < p.problems; ++i) {
+    args.first_tile[i] = static_cast<int>(tiles);
+    tiles += args.tiles_m * ceil_div(p.problem[i].n, S::BN);
+  }
+  if (tiles > INT32_MAX) return cudaErrorInvalidValue;
+  return launch_kernel(gemm_sm80_kernel<T, kLayout, S, kAligned>,
+                       dim3(static_cast<unsigned>(tiles)), S::kThreads, S::kShared, stream, args);
+}
+
+template <class T, OperandLayout kLayout>
+cudaError_t run_gemm_layout(const GemmParams& p, GemmTile tile, cudaStream_t stream) {
+  switch (tile) {
+    case GemmTile::k128x256:
+      return launch_gemm<T, kLayout, Gemm128x256, true>(p, stream);
+    case GemmTile::k128x128:
+      return launch_gemm<T, kLayout, Gemm128x128, true>(p, stream);
+    case GemmTile::k64x64:
+      return launch_gemm<T, kLayout, Gemm64x64, true>(p, stream);
+    default:
+      return launch_gemm<T, kLayout, Gemm64x64, false>(p, stream);
+  }
+}
+
+template <class T>
+cudaError_t run_gemm(const GemmParams& p, GemmTile tile, cudaStream_t stream) {
+  return p.layout == OperandLayout::kNK ? run_gemm_layout<T, OperandLayout::kNK>(p, tile, stream)
+                                        : run_gemm_layout<T, OperandLayout::kKN>(p, tile, stream);
+}
+
+}  // namespace lora_kernels::lora_linear::cuda
