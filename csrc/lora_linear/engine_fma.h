@@ -222,7 +222,8 @@ struct FmaEngine {
     }
   }
   static void micro(const Segment<FmaEngine>* segments, int count, int64_t, int64_t width, float* c,
-                    int64_t ldc, bool accumulate, Ahead = {}) {
+                    int64_t ldc, bool accumulate, Ahead ahead = {}) {
+    for (int64_t i = 0; i < ahead.bytes; i += 64) __builtin_prefetch(ahead.data + i, 0, 2);
     if (width == 3 * VL) {
       micro_vectors<3>(segments, count, c, ldc, accumulate);
     } else if (width == 2 * VL) {
@@ -238,9 +239,9 @@ struct FmaEngine {
   };
   static void flush(Tail&) {}
   static void micro_then(const Segment<FmaEngine>* segments, int count, int64_t width, float* sum,
-                         Tail& tail, const Output<FmaEngine>& o, Ahead) {
+                         Tail& tail, const Output<FmaEngine>& o, Ahead ahead) {
     float* c = sum == nullptr ? tail.tiles[0] : sum;
-    micro(segments, count, o.rows, width, c, NR, sum != nullptr);
+    micro(segments, count, o.rows, width, c, NR, sum != nullptr, ahead);
     if (o.extra != nullptr) {
       for (int64_t i = 0; i < o.rows * NR; ++i) c[i] += o.extra[i];
     }
