@@ -27,6 +27,10 @@ class AdapterFileError(LoraKernelsError, ValueError):
     """An adapter file is missing, malformed, or belongs to another model."""
 
 
+class QuantizedWeightError(LoraKernelsError, ValueError):
+    """A checkpoint with quantized weights is missing, malformed or inconsistent."""
+
+
 class ConfigError(LoraKernelsError, ValueError):
     """A training configuration has an unknown key or a value out of range."""
 

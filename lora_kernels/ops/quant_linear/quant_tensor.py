@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.errors import InvalidArgumentError
-from lora_kernels.ops.quant_linear.formats import FLOATS, FORMATS, QuantSpec, parts_of
+from lora_kernels.ops.quant_linear.formats import FLOATS, FORMATS, QuantSpec, from_key, parts_of
 
 
 class QuantTensor:
@@ -152,10 +152,14 @@ class QuantTensor:
         )
 
     def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
-        """Plain tensors under the keys of the format's own checkpoints (``weight.absmax``, ...)."""
+        """Plain tensors under the keys of the format's own checkpoints (``weight.absmax``, ...).
+
+        For int8, int4 and fp8 with a line ``quant_spec`` of text more, so that reading it back
+        gives an equal QuantTensor.
+        """
         from lora_kernels.ops.quant_linear.checkpoint import to_state_dict
 
-        return to_state_dict(self, prefix)
+        return to_state_dict(self, prefix, describe=True)
 
     @classmethod
     def from_state_dict(
@@ -167,7 +171,9 @@ class QuantTensor:
         return from_state_dict(state_dict, prefix, **hints)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return QuantTensor, (self.spec, self.parts)
+        # float8 as bytes: torch cannot pickle it outside of torch.save.
+        parts = tuple(t.view(torch.uint8) if _is_float8(t) else t for t in self.parts)
+        return _rebuild, (self.spec.key, parts)
 
     def __repr__(self) -> str:
         s = self.spec
@@ -177,6 +183,22 @@ class QuantTensor:
             f"QuantTensor({s.format}, layout={s.layout}, shape={list(s.shape)}, dtype={s.dtype}"
             f"{block}{nested}, device={self.device})"
         )
+
+
+def _is_float8(t: Tensor) -> bool:
+    return t.dtype == torch.float8_e4m3fn
+
+
+def _rebuild(key: str, parts: tuple[Tensor, ...]) -> QuantTensor:
+    """Inverse of pickling; checked, as a pickle may come from anywhere."""
+    spec = from_key(key)
+    wanted = parts_of(spec)
+    views = [t.view(torch.float8_e4m3fn) if torch.float8_e4m3fn in p.dtypes else t
+             for p, t in zip(wanted, parts, strict=True)]  # fmt: skip
+    return QuantTensor(spec, views)
+
+
+torch.serialization.add_safe_globals([_rebuild])  # torch.load(weights_only=True)
 
 
 def _bytes(t: Tensor) -> Tensor:
