@@ -313,10 +313,12 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
       mbarrier_init(barriers + 8 * (Tile::kStages + stage), blocks * kSm90ConsumerWarps);
     }
     mbarrier_init_fence();
-    const Sm90Problem& last = p.problem[p.problems - 1];
-    for (int t = 0; t < last.first_term + last.terms; ++t) {
-      tma_prefetch(&p.a[t]);
-      tma_prefetch(&p.b[t]);
+    for (int i = 0; i < p.problems; ++i) {
+      const Sm90Problem& problem = p.problem[i];
+      for (int t = problem.first_term; t < problem.first_term + problem.terms; ++t) {
+        tma_prefetch(&p.a[t]);
+        tma_prefetch(&p.b[t]);
+      }
     }
   }
   __syncthreads();
