@@ -30,24 +30,32 @@ def save(path: Path, record: dict[str, Any]) -> None:
     write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
 
 
+def slug(device: dict[str, Any]) -> str:
+    """Folder name of a device."""
+    words = [device["name"]]
+    if device["type"] == "cpu":
+        words += [*device["isa"][:1], f"{device['threads']}t"]
+    return "-".join("".join(c if c.isalnum() else " " for c in " ".join(words)).lower().split())
+
+
 def default_path(record: dict[str, Any]) -> Path:
-    """results/<device>/<date>-<commit>.json"""
-    device = record["device"]
-    words = [device["name"], *device["isa"][:1], f"{device['threads']}t"]
-    slug = "-".join("".join(c if c.isalnum() else " " for c in " ".join(words)).lower().split())
+    """results/<device>/<date>-<op>-<commit>.json"""
     day = record["date"][:10].replace("-", "")
-    return RESULTS / slug / f"{day}-{record['op']}-{record['commit'] or 'uncommitted'}.json"
+    name = f"{day}-{record['op']}-{record['commit'] or 'uncommitted'}.json"
+    return RESULTS / slug(record["device"]) / name
 
 
-def newest(op: str) -> Path:
-    """The record of `op` with the latest date."""
+def newest(op: str, device: str = "cpu") -> Path:
+    """The record of `op` on a kind of device with the latest date."""
     dated = []
     for path in RESULTS.rglob("*.json"):
         record = json.loads(path.read_text())
-        if record.get("op") == op:
+        if record.get("op") == op and record["device"]["type"] == device:
             dated.append((record["date"], path))
     if not dated:
-        raise FileNotFoundError(f"no result of op={op!r} under {RESULTS}; run benchmarks.run first")
+        raise FileNotFoundError(
+            f"no result of op={op!r} on {device} under benchmarks/results; measure first"
+        )
     return max(dated)[1]
 
 

@@ -79,7 +79,8 @@ def assert_within_budget(
         raise BudgetExceededError(f"{name}: the reference is {reference_fp64.dtype}, not float64")
     if actual.numel() == 0:
         return Margin(0.0, 0.0)
-    got, want, low = (t.detach().cpu().double() for t in (actual, reference_fp64, low_precision))
+    home = reference_fp64.device
+    got, want, low = (t.detach().to(home).double() for t in (actual, reference_fp64, low_precision))
     bad = ~got.isfinite()
     if bad.any():
         where = tuple(bad.nonzero()[0].tolist())

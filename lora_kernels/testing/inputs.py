@@ -98,16 +98,17 @@ def lora_linear_inputs(
         rank: one rank or one per member; likewise `scaling`.
         dtype: of x, W, bias and dY. `adapter_dtype` of A and B, the same when None.
         layout: one of :data:`LAYOUTS`, for every tensor.
+        device: where the values are drawn; each kind of device has its own generator.
     """
     lead = (M,) if isinstance(M, int) else tuple(M)
     ns = (N,) if isinstance(N, int) else tuple(N)
     ranks = (rank,) * len(ns) if isinstance(rank, int) else tuple(rank)
     scalings = [scaling] * len(ns) if isinstance(scaling, (int, float)) else list(scaling)
-    generator = torch.Generator().manual_seed(generator_seed)
+    generator = torch.Generator(device).manual_seed(generator_seed)
 
     def normal(shape: Sequence[int], std: float, dt: torch.dtype) -> Tensor:
-        t = torch.randn(*shape, generator=generator, dtype=torch.float64) * std
-        return t.to(dt).to(device)
+        t = torch.randn(*shape, generator=generator, dtype=torch.float64, device=device) * std
+        return t.to(dt)
 
     adapter_dtype = adapter_dtype or dtype
     made = LoraLinearInputs(
