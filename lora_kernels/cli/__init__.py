@@ -7,13 +7,29 @@ import sys
 from collections.abc import Sequence
 
 from lora_kernels._version import __version__
-from lora_kernels.cli import env_command, predict_command, train_command
+from lora_kernels.cli import (
+    convert_command,
+    env_command,
+    generate_command,
+    inspect_command,
+    merge_command,
+    predict_command,
+    train_command,
+)
 from lora_kernels.errors import LoraKernelsError, TrainingInterruptedError
 
 # As EX_TEMPFAIL of sysexits.h: not done, worth another try. Schedulers can requeue on it.
 INTERRUPTED = 75
 
-_COMMANDS = (train_command, predict_command, env_command)
+_COMMANDS = (
+    train_command,
+    predict_command,
+    generate_command,
+    merge_command,
+    convert_command,
+    inspect_command,
+    env_command,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
