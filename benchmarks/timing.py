@@ -82,6 +82,7 @@ def measure(
     round_seconds: float = 0.03,
     warm_up: int = 3,
     timed: Timed = wall_clock,
+    after_round: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
     """Time every work against works[baseline].
 
@@ -91,6 +92,7 @@ def measure(
         warm_up: calls before timing; the first of them is reported as `first_call` (packing,
             compilation and allocation happen there).
         timed: the clock; it waits for what it times.
+        after_round: called once per round, untimed: what it measures saw the same machine.
     """
     first, calls = {}, {}
     for name, work in works.items():
@@ -103,6 +105,8 @@ def measure(
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
             samples[name].append(timed(works[name], calls[name]))
+        if after_round is not None:
+            after_round()
     return {
         name: Timing(
             seconds=Quartiles.of(samples[name]),
