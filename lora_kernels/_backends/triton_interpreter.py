@@ -4,6 +4,7 @@ Upstream's interpreter keeps bf16 as raw 16-bit integers: a product multiplies b
 conversion from fp32 cuts the low half off (triton 3.6 to 3.9). Inside :func:`exact`, products of
 bf16 and fp16 tiles are computed in fp32, as a tensor core does, and conversions to bf16 round to
 nearest even. Everything else in bf16 stays wrong there, so kernels do element-wise work in fp32.
+A loop bound, an array of one element, becomes an integer in a way that numpy 2.4 still allows.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ def exact() -> Iterator[None]:
     builder: Any = interpreter.InterpreterBuilder
     handle = interpreter.TensorHandle
     dot, cast = builder.create_dot, builder.cast_impl
+    patch = interpreter._patch_lang_tensor
 
     def widen(h: Any) -> Any:
         if h.dtype.scalar == tl.bfloat16:
@@ -46,8 +48,14 @@ def exact() -> Iterator[None]:
         quiet = (bits >> 16).astype(np.uint16) | np.uint16(0x40)
         return handle(np.where(np.isnan(src.data), quiet, rounded), tl.bfloat16)
 
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
     builder.create_dot, builder.cast_impl = create_dot, cast_impl
+    interpreter._patch_lang_tensor = patch_lang_tensor
     try:
         yield
     finally:
         builder.create_dot, builder.cast_impl = dot, cast
+        interpreter._patch_lang_tensor = patch
