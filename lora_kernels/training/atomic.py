@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lora_kernels.errors import ConfigError
@@ -43,6 +43,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
     """
     check_output(target)
     target = target.absolute()
+    made = [p for p in target.parents if not p.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -51,6 +52,10 @@ def staged_folder(target: Path) -> Iterator[Path]:
         _swap(stage, target)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+        for parent in made:
+            # Only what this run made and left empty.
+            with suppress(OSError):
+                parent.rmdir()
 
 
 def _open_up(stage: Path) -> None:

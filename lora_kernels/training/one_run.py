@@ -1,22 +1,33 @@
-"""One training from the seed: model, adapter, Trainer, metrics before and after."""
+"""One training from the seed: model, what of it trains, Trainer, metrics before and after."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
-from lora_kernels.errors import ConfigError, LoraKernelsError
+from lora_kernels.errors import DataError
+from lora_kernels.training.arguments import keeps_best, training_arguments, writes_checkpoints
 from lora_kernels.training.callbacks import Progress, WarmUp
 from lora_kernels.training.config import Config
-from lora_kernels.training.precision import base_dtype
+from lora_kernels.training.config_checks import ADAPTER_METHODS
+from lora_kernels.training.interruption import StopOnSignal
+from lora_kernels.training.loading import load_base, load_options, load_tokenizer
+from lora_kernels.training.memory import peak_memory
+from lora_kernels.training.methods import method_module
+from lora_kernels.training.precision import base_dtype, check_device
+from lora_kernels.training.preflight import check_room, checkpoint_bytes
 from lora_kernels.training.references import model_path
 from lora_kernels.training.tasks import Task
-from lora_kernels.training.trainer import LoRATrainer
+from lora_kernels.training.trackers import JsonLog, StopAtNaN, tensorboard
+from lora_kernels.training.trainer import GeneratingTrainer, LoRATrainer
 from lora_kernels.training.turns import Turns
+
+Curve = list[tuple[int, float]]
 
 
 @dataclass
@@ -26,91 +37,25 @@ class Run:
     before: float | None
     after: float
     metrics: dict[str, float]
-    losses: list[tuple[int, float]]
-    validation_losses: list[tuple[int, float]]
+    losses: Curve
+    validation_losses: Curve
     step_seconds: list[float]
     layers: list[dict[str, Any]] = field(default_factory=list)
+    metrics_before: dict[str, float] | None = None
+    curves: dict[str, Curve] = field(default_factory=dict)
+    steps: int = 0
+    examples_seen: int = 0
+    tokens_seen: int = 0
+    trained: int = 0
+    parameters: int = 0
+    peak_memory: dict[str, Any] = field(default_factory=dict)
+    stopped_early: bool = False
+    best_step: int | None = None
+    details: dict[str, Any] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
         return sum(self.step_seconds)
-
-
-def load_tokenizer(path: str) -> Any:
-    """The model's tokenizer, with a padding token.
-
-    Raises:
-        ConfigError: `path` holds none.
-    """
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"model={path!r}: no tokenizer can be loaded: {_first_line(e)}") from None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_base(
-    task: Task, path: str, precision: str, tokenizer: Any, options: dict[str, Any]
-) -> Any:
-    """The base model with the head of the task, in the dtype of the precision.
-
-    Args:
-        options: further keywords of ``from_pretrained``.
-
-    Raises:
-        ConfigError: `path` is no model that has such a head.
-    """
-    try:
-        model = task.load_model(path, base_dtype(precision), options)
-    except LoraKernelsError:
-        raise
-    except (OSError, ValueError, KeyError) as e:
-        raise ConfigError(f"model={path!r} cannot be loaded: {_first_line(e)}") from None
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    return model
-
-
-def load_options(config: Config, path: str) -> dict[str, Any]:
-    """What the configuration says about the base model, as keywords of ``from_pretrained``."""
-    options: dict[str, Any] = {}
-    if config.attention != "auto":
-        options["attn_implementation"] = config.attention
-    rate = config.train.base_dropout
-    if rate is not None:
-        # Families of models call it hidden_dropout_prob, attention_dropout, resid_pdrop, ...
-        stored = transformers.AutoConfig.from_pretrained(path).to_dict()
-        options |= {k: rate for k, v in stored.items() if "drop" in k and type(v) in (int, float)}
-    return options
-
-
-def add_adapter(model: Any, task: Task, config: Config) -> Any:
-    """A PEFT model. Whatever trains is fp32, as optimizer steps are lost in bf16.
-
-    Raises:
-        ConfigError: lora.targets match nothing.
-    """
-    import peft
-
-    lora = config.lora
-    adapter = peft.LoraConfig(
-        task_type=task.peft_task,
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        use_rslora=lora.rslora,
-        target_modules=lora.targets,
-    )
-    try:
-        model = peft.get_peft_model(model, adapter)
-    except ValueError as e:
-        raise ConfigError(f"lora.targets={lora.targets!r}: {_first_line(e)}") from None
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return model
 
 
 def train_once(
@@ -123,92 +68,154 @@ def train_once(
     save_to: Path | None,
     quiet: bool,
     turns: Turns | None = None,
+    resume_from: Path | None = None,
 ) -> Run:
     """Trains from the seed; two calls of a comparison differ in `kernels` and `save_to` only.
 
     Args:
-        folder: the Trainer's own; nothing is left in it.
-        save_to: where the adapter goes; None keeps nothing and skips the metric before training.
+        folder: the Trainer's own, for checkpoints.
+        save_to: where the adapter goes, logs beside it; None keeps nothing and skips the metrics
+            before training.
         turns: shares the machine with another run, step by step.
+        resume_from: a checkpoint.
+
+    Raises:
+        ConfigError: model, method or room on the disk do not fit the configuration.
+        TrainingInterruptedError: a signal stopped the training.
     """
     transformers.set_seed(config.seed)
+    device = check_device(config.device)
     path = model_path("model", config.model)
     tokenizer = load_tokenizer(path)
-    base = load_base(task, path, precision, tokenizer, load_options(config, path))
-    model = add_adapter(base, task, config)
+    dtype = base_dtype(precision, config.method)
+    base = load_base(task, path, dtype, tokenizer, load_options(config, path))
+    caches = getattr(base.model.config, "use_cache", None)
+    base.model.config.use_cache = False  # a cache hides from the model where packed texts begin
+    known = len(task.notes)
+    task.prepare(base.model.to(device), tokenizer)
+    method = method_module(config.method)
+    model = method.prepare(base, task, config)
+    if writes_checkpoints(config):
+        copies = config.train.save_total_limit or 2
+        whole = config.method not in ADAPTER_METHODS
+        check_room("output", folder, copies * checkpoint_bytes(model.parameters(), whole))
     # Lists of examples serve as datasets; the Trainer's annotations know only torch's class.
     sets: dict[str, Any] = {
         name: task.dataset(name, tokenizer) for name in ("train", "validation", "test")
     }
-    collator = task.collator(tokenizer)
-    trainer = LoRATrainer(
+    if not sets["train"] or not sets["test"]:
+        raise DataError(f"{config.data.path}: no example is left after cutting to data.max_length")
+    if not quiet:
+        _tell(task.notes[known:])
+    collator = task.collator(tokenizer, base.model)
+    trainer = (GeneratingTrainer if task.generates else LoRATrainer)(
         model=model,
-        args=_arguments(config, precision, folder, evaluate=bool(sets["validation"])),
+        args=training_arguments(
+            config, task, precision, device, folder, evaluate=bool(sets["validation"])
+        ),
         train_dataset=sets["train"],
         eval_dataset=sets["validation"] or None,
         data_collator=collator,
-        compute_metrics=task.compute_metrics,
+        processing_class=tokenizer if task.generates else None,
+        preprocess_logits_for_metrics=task.reduce_logits(),
         callbacks=[turns] if turns else None,  # before the clock, so that waiting is not timed
-        kernels=kernels,
+        kernels=kernels and config.method in ADAPTER_METHODS,
+        loraplus_ratio=config.train.loraplus_ratio,
     )
-    trainer.remove_callback(transformers.PrinterCallback)
-    trainer.add_callback(WarmUp(collator(sets["train"][: config.train.batch_size])))
+    trainer.compute_metrics = _scorer(task, trainer)
+    stop = StopOnSignal()
+    _add_callbacks(trainer, config, sets, collator, save_to, stop)
     if not quiet:
         trainer.add_callback(Progress("both runs in turns" if turns else "training"))
 
-    key = f"test_{task.metric}"
-    before = trainer.evaluate(sets["test"], metric_key_prefix="test")[key] if save_to else None
-    trainer.train()
-    metrics = trainer.evaluate(sets["test"], metric_key_prefix="test")
-    if save_to is not None:
-        model.save_pretrained(str(save_to))
+    before = _evaluate(trainer, task, sets["test"]) if save_to else None
+    listen = writes_checkpoints(config)
+    if listen:
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=resume_from)
+        stop.check(folder, trainer.state)
+    else:
+        trainer.train()
+    metrics = _evaluate(trainer, task, sets["test"])
+    if caches is not None:
+        base.model.config.use_cache = caches
+    if save_to is not None and trainer.is_world_process_zero():
+        method.save(trainer.accelerator.unwrap_model(trainer.model), save_to)
     history: list[dict[str, Any]] = trainer.state.log_history
+    examples, tokens = trainer.seen
     return Run(
-        before=before,
-        after=metrics[key],
-        metrics={k.removeprefix("test_"): v for k, v in metrics.items() if k.startswith("test_")},
-        losses=[(e["step"], e["loss"]) for e in history if "loss" in e],
-        validation_losses=[(e["step"], e["eval_loss"]) for e in history if "eval_loss" in e],
+        before=before[task.metric] if before else None,
+        after=metrics[task.metric],
+        metrics=metrics,
+        metrics_before=before,
+        losses=_curve(history, "loss"),
+        validation_losses=_curve(history, "eval_loss"),
+        curves={name: c for name in task.metrics if (c := _curve(history, f"eval_{name}"))},
         step_seconds=trainer.step_seconds,
         layers=trainer.kernel_report.to_dict()["layers"] if trainer.kernel_report else [],
+        steps=trainer.state.global_step,
+        examples_seen=examples,
+        tokens_seen=tokens,
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        parameters=sum(p.numel() for p in model.parameters()),
+        peak_memory=peak_memory(device),
+        stopped_early=trainer.state.global_step < trainer.state.max_steps,
+        best_step=_best_step(trainer) if keeps_best(config) else None,
+        details=dict(task.details),
     )
 
 
-def _arguments(
-    config: Config, precision: str, folder: Path, evaluate: bool
-) -> transformers.TrainingArguments:
-    train = config.train
-    arguments: dict[str, Any] = {
-        "output_dir": str(folder),
-        "seed": config.seed,
-        "data_seed": config.seed,
-        "num_train_epochs": train.epochs,
-        "max_steps": train.max_steps,
-        "per_device_train_batch_size": train.batch_size,
-        "per_device_eval_batch_size": train.eval_batch_size,
-        "gradient_accumulation_steps": train.gradient_accumulation,
-        "learning_rate": train.learning_rate,
-        "weight_decay": train.weight_decay,
-        "lr_scheduler_type": train.scheduler,
-        "warmup_steps": train.lr_warmup,
-        "bf16": precision == "bf16",
-        "use_cpu": not torch.cuda.is_available(),
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "eval_strategy": "epoch" if evaluate else "no",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    if train.checkpointing:
-        known = {f.name for f in fields(transformers.TrainingArguments)}
-        # The older name of the switch goes away in transformers 6.
-        names = ("activation_checkpointing", "gradient_checkpointing")
-        arguments[next(name for name in names if name in known)] = True
-    return transformers.TrainingArguments(**arguments)
+def _scorer(task: Task, trainer: LoRATrainer) -> Callable[[Any], dict[str, float]]:
+    return lambda prediction: task.compute_metrics(prediction, trainer.evaluated)
 
 
-def _first_line(error: Exception) -> str:
-    """Other libraries' messages run over many lines; ours is one."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def _add_callbacks(
+    trainer: LoRATrainer,
+    config: Config,
+    sets: dict[str, Any],
+    collator: Any,
+    save_to: Path | None,
+    stop: StopOnSignal,
+) -> None:
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.add_callback(WarmUp(collator(sets["train"][: config.train.batch_size])))
+    trainer.add_callback(StopAtNaN())
+    trainer.add_callback(stop)
+    if config.train.early_stopping is not None:
+        trainer.add_callback(transformers.EarlyStoppingCallback(config.train.early_stopping))
+    if save_to is not None:
+        trainer.add_callback(JsonLog(save_to.parent / "log.jsonl"))
+        if "tensorboard" in config.trackers:
+            trainer.add_callback(tensorboard(save_to.parent / "tensorboard"))
+
+
+def _evaluate(trainer: LoRATrainer, task: Task, features: Any) -> dict[str, float]:
+    """Metrics of the test without their prefix.
+
+    Raises:
+        DataError: the metric that counts is not defined on these data.
+    """
+    found = trainer.evaluate(features, metric_key_prefix="test")
+    metrics = {k.removeprefix("test_"): v for k, v in found.items() if k.startswith("test_")}
+    if task.metric not in metrics:
+        raise DataError(
+            f"metric={task.metric!r} is not defined on the test data (one class is all there is); "
+            "give more test data or another metric"
+        )
+    return metrics
+
+
+def _curve(history: list[dict[str, Any]], key: str) -> Curve:
+    return [(entry["step"], entry[key]) for entry in history if key in entry]
+
+
+def _best_step(trainer: LoRATrainer) -> int | None:
+    best = trainer.state.best_model_checkpoint
+    return int(best.rpartition("-")[2]) if best else None
+
+
+def _tell(lines: list[str]) -> None:
+    from tqdm.auto import tqdm
+
+    for line in lines:
+        tqdm.write(line, file=sys.stderr)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 from lora_kernels.errors import AdapterFileError
 from lora_kernels.training.finetuning import ADAPTER, SAVED
+from lora_kernels.training.methods import method_module
 from lora_kernels.training.references import model_path
 from lora_kernels.training.tasks import task_class
 
@@ -28,34 +28,45 @@ class Predictor:
     def __init__(self, folder: str | Path, *, kernels: bool = True) -> None:
         adapter = _adapter_folder(Path(folder))
         saved = _read_saved(adapter / SAVED)
+        method = method_module(str(saved.get("method", "lora")))
+        for name in method.NEEDED_FILES:
+            if not (adapter / name).is_file():
+                raise AdapterFileError(f"{adapter}: {name} is missing; train again")
         self.task = task_class(str(saved.get("task"))).from_saved(saved)
-        path = model_path("model", str(saved["model"]))
+        whole = saved.get("method") == "full"
+        path = str(adapter) if whole else model_path("model", str(saved["model"]))
 
         import torch
 
-        from lora_kernels.training.one_run import load_base, load_tokenizer
+        from lora_kernels.training.loading import load_base, load_tokenizer
+        from lora_kernels.training.precision import base_dtype
         from lora_kernels.training.quiet import quiet_libraries
 
+        dtype = base_dtype(str(saved["precision"]), str(saved.get("method", "lora")))
         with quiet_libraries():
-            self.tokenizer = load_tokenizer(path)
-            base = load_base(self.task, path, str(saved["precision"]), self.tokenizer, {})
-            self.model = _attach(base, adapter)
+            self.tokenizer = load_tokenizer(model_path("tokenizer", str(saved["tokenizer"])))
+            base = load_base(self.task, path, dtype, self.tokenizer, {})
+            self.model = method.attach(base.model, adapter, saved)
         self.model.eval()
         if torch.cuda.is_available():
             self.model.to("cuda")
         self.autocast = saved["precision"] == "bf16"
-        if kernels:
+        if kernels and saved.get("method", "lora") in ("lora", "dora"):
             import lora_kernels as lk
 
             lk.apply(self.model)
 
-    def __call__(self, texts: list[str]) -> list[dict[str, Any]]:
-        """One answer per text; for classification ``{"label", "probability", "probabilities"}``."""
+    def __call__(self, inputs: list[Any]) -> list[dict[str, Any]]:
+        """One answer per input, as the task gives it.
+
+        For classification ``{"label", "probability", "probabilities"}``. Inputs are texts, or for
+        question-answering pairs of question and context.
+        """
         import torch
 
         device = self.model.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.autocast):
-            return self.task.predict(self.model, self.tokenizer, texts)
+            return self.task.predict(self.model, self.tokenizer, inputs)
 
 
 def _adapter_folder(folder: Path) -> Path:
@@ -66,9 +77,6 @@ def _adapter_folder(folder: Path) -> Path:
         raise AdapterFileError(
             f"{folder}: not the folder of a run; accepted: a folder written by lora-kernels train"
         )
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (candidate / name).is_file():
-            raise AdapterFileError(f"{candidate}: {name} is missing; train again")
     return candidate
 
 
@@ -77,23 +85,7 @@ def _read_saved(path: Path) -> dict[str, Any]:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise AdapterFileError(f"{path} cannot be read: {e}") from None
-    needed = ("task", "model", "precision")
+    needed = ("task", "model", "tokenizer", "precision")
     if not isinstance(saved, dict) or any(key not in saved for key in needed):
         raise AdapterFileError(f"{path}: accepted: an object with {', '.join(needed)}")
     return saved
-
-
-def _attach(base: Any, adapter: Path) -> Any:
-    """PEFT only warns about parts that a file lacks; here that is an error."""
-    import peft
-    from safetensors import SafetensorError
-
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*missing adapter keys.*")
-            return peft.PeftModel.from_pretrained(base, str(adapter))
-    except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError, UserWarning) as e:
-        reason = " ".join(str(e).split())[:200]
-        raise AdapterFileError(
-            f"{adapter} is damaged or belongs to another model: {reason}"
-        ) from None

@@ -1,8 +1,9 @@
-"""The numbers of a run, as a dictionary and as a page to read."""
+"""The numbers of a run as a dictionary; :mod:`report_page` makes the page to read."""
 
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from statistics import median
 from typing import Any
 
@@ -22,7 +23,7 @@ def make_report(
     fused = [layer for layer in run.layers if layer["status"] == "fused"]
     # Equal numbers of equal steps: the ratio of the medians is that of typical steps, which a
     # pause of the machine during one of them does not move.
-    speedup = median(stock.step_seconds) / median(run.step_seconds) if stock else None
+    speedup = _middle(stock) / _middle(run) if stock else None
     return {
         "task": task.name,
         "model": config.model,
@@ -45,92 +46,54 @@ def make_report(
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "examples": task.sizes,
-        "steps": len(run.step_seconds),
-        "step_seconds": median(run.step_seconds),
-        "step_seconds_stock": median(stock.step_seconds) if stock else None,
+        "method": config.method,
+        "trained_parameters": run.trained,
+        "parameters": run.parameters,
+        "steps": run.steps,
+        "steps_timed": len(run.step_seconds),
+        "stopped_early": run.stopped_early,
+        "best_step": run.best_step,
+        "step_seconds": _middle(run),
+        "step_seconds_stock": _middle(stock) if stock else None,
+        "examples_per_second": _rate(run.examples_seen, run),
+        "tokens_per_second": _rate(run.tokens_seen, run),
+        "peak_memory": run.peak_memory,
+        "peak_memory_stock": stock.peak_memory if stock else None,
+        "metrics_before": run.metrics_before,
         "metrics": run.metrics,
+        "more_is_better": task.more_is_better,
         "metrics_stock": stock.metrics if stock else None,
         "losses": run.losses,
         "losses_stock": stock.losses if stock else None,
         "validation_losses": run.validation_losses,
         "validation_losses_stock": stock.validation_losses if stock else None,
+        "curves": run.curves,
         "layers": run.layers,
+        "kernels_used": kernels_used(run.layers),
+        "confusion": run.details.get("confusion"),
+        "samples": run.details.get("samples"),
+        "notes": task.notes,
         "config": config.to_dict(),
     }
 
 
+def kernels_used(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How many adapters run on which backend, or why they do not; most common first."""
+    counts = Counter((e["status"], e["backend"] or "", e["reason"] or "") for e in layers)
+    return [
+        {"layers": count, "status": status, "backend": backend, "reason": reason}
+        for (status, backend, reason), count in counts.most_common()
+    ]
+
+
+def _middle(run: Run) -> float:
+    """Seconds of the median step; 0 where a resumed run had nothing left to do."""
+    return median(run.step_seconds) if run.step_seconds else 0.0
+
+
+def _rate(count: int, run: Run) -> float | None:
+    return count / run.seconds if run.seconds else None
+
+
 def _device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """``report.md``."""
-    name = "lora_kernels" if report["kernels"] else "stock PEFT"
-    rows = [
-        f"| before fine-tuning | {report['before']:.3f} | | |",
-        _row(name, report["after"], report["seconds"], report["step_seconds"]),
-    ]
-    if report["after_stock"] is not None:
-        rows.append(
-            _row("stock PEFT", report["after_stock"], report["seconds_stock"],
-                 report["step_seconds_stock"])
-        )  # fmt: skip
-    examples = ", ".join(f"{n} {name}" for name, n in report["examples"].items())
-    parts = [
-        f"# {report['task'].capitalize()}: {report['dataset']}",
-        f"Model `{report['model']}`, {report['precision']}, {report['steps']} steps of "
-        f"{report['config']['train']['batch_size']} texts, seed {report['config']['seed']}. "
-        f"Examples: {examples}.",
-        f"| | {report['metric']} (test) | seconds | ms per step |\n|---|---|---|---|\n"
-        + "\n".join(rows),
-    ]
-    if report["speedup"] is not None:
-        parts.append(f"Speed-up of the median step: **{report['speedup']:.2f}x**.")
-    parts += [
-        "![training and validation loss](loss.png)",
-        "## How it was measured",
-        _method(report),
-    ]
-    parts += _layers(report)
-    parts += [
-        "## Files\n\n"
-        "- `adapter/`: PEFT's format with the trained head; `PeftModel.from_pretrained` loads it\n"
-        "- `report.json`: every number of this page, both loss curves, the whole configuration\n"
-        "- `loss.png`: the curves above",
-        '```\nlora-kernels predict RUN_FOLDER "text..."\n```',
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _row(name: str, metric: float, seconds: float, step: float) -> str:
-    return f"| {name} | {metric:.3f} | {seconds:.1f} | {1000 * step:.1f} |"
-
-
-def _method(report: dict[str, Any]) -> str:
-    text = (
-        f"lora_kernels {report['lora_kernels']}, torch {report['torch']}, Python "
-        f"{report['python']}, {report['device']}, CPU threads: {report['threads']}. Seconds are "
-        "the sum over all optimizer steps of forward, backward and update; loading data, "
-        "evaluating and saving are not in them. Before the clock starts, two training passes "
-        "whose gradients are discarded create threads, library primitives and packed copies of "
-        "frozen weights; then the seed is set again."
-    )
-    if report["speedup"] is not None:
-        text += (
-            " The stock run has the same seed, data order, precision, threads and untimed passes. "
-            "It lives in a second process, and the two take turns step by step: one of them "
-            "computes while the other sleeps, so both see the same machine. The speed-up is the "
-            "ratio of the median steps."
-        )
-    return text
-
-
-def _layers(report: dict[str, Any]) -> list[str]:
-    if not report["layers"]:
-        return []
-    text = f"## Layers\n\n{report['fused_layers']} of {report['total_layers']} adapters are fused."
-    stock = [layer for layer in report["layers"] if layer["status"] != "fused"]
-    if stock:
-        text += "\n\n| layer | why not fused |\n|---|---|\n"
-        text += "\n".join(f"| `{layer['name']}` | {layer['reason']} |" for layer in stock)
-    return [text]

@@ -118,9 +118,11 @@ def _serve() -> None:
     request = json.loads(sys.stdin.readline())
     config = read_config(request["config"])
     try:
+        task = task_class(config.task).from_config(config)
+        task.use_metric(config.metric)
         with cpu_threads(request["threads"]), quiet_libraries():
             run = train_once(
-                config, task_class(config.task).from_config(config), request["precision"],
+                config, task, request["precision"],
                 kernels=False, folder=Path(request["folder"]), save_to=None, quiet=True,
                 turns=Turns(give=lambda: _write(answers, {}), take=take, first=False),
             )  # fmt: skip

@@ -84,11 +84,11 @@ def test_adapter_is_what_peft_reads(compared: Result, tiny_model: Path) -> None:
     model = peft.PeftModel.from_pretrained(base, compared.adapter).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
     batch = tokenizer(
-        ["the striker and the goal", "bank shares"], padding=True, return_tensors="pt"
+        ["the striker goal match cup", "bank shares profit"], padding=True, return_tensors="pt"
     )
     with torch.no_grad():
         expected = model(**batch).logits.softmax(-1)
-    answers = Predictor(compared.output)(["the striker and the goal", "bank shares"])
+    answers = Predictor(compared.output)(["the striker goal match cup", "bank shares profit"])
     assert [a["label"] for a in answers] == ["sport", "money"]
     for row, answer in zip(expected, answers, strict=True):
         assert list(answer["probabilities"]) == ["money", "sport"]

@@ -37,3 +37,24 @@ def stratified_split(
             start, spare = start + count, spare - count
         train += indices[start:]
     return sorted(train), sorted(held_out[0]), sorted(held_out[1])
+
+
+def grouped_split(
+    groups: Sequence[str], validation: float, test: float, seed: int, limit: int | None = None
+) -> Split:
+    """As :func:`stratified_split` without classes; examples of one group stay in one part.
+
+    `limit` thins the examples first, keeping whole groups where it can.
+    """
+    members: dict[str, list[int]] = defaultdict(list)
+    for index, group in enumerate(groups):
+        members[group].append(index)
+    names = list(members)
+    if limit is not None and limit < len(groups):
+        random.Random(f"{seed}:limit").shuffle(names)
+        kept, names = names, []
+        while kept and sum(len(members[n]) for n in names) < limit:
+            names.append(kept.pop())
+    train, *held_out = stratified_split([""] * len(names), validation, test, seed)
+    parts = [sorted(i for n in part for i in members[names[n]]) for part in (train, *held_out)]
+    return parts[0], parts[1], parts[2]

@@ -1,0 +1,42 @@
+"""The validation metrics of a run as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def draw_metrics(path: Path, report: dict[str, Any]) -> None:
+    """One panel per metric over the optimizer steps; no file where nothing was validated."""
+    curves = {
+        name: [(step, value) for step, value in points if value is not None]
+        for name, points in report["curves"].items()
+        if name not in ("tokens", "f1_macro" if "f1" in report["curves"] else "")
+    }
+    curves = {name: points for name, points in curves.items() if points}
+    if not curves:
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    columns = min(3, len(curves))
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(3.6 * columns, 2.8 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    for position, (name, points) in enumerate(curves.items(), 1):
+        axes = figure.add_subplot(rows, columns, position)
+        steps, values = zip(*points, strict=True)
+        axes.plot(steps, values, "o-", color="#d9480f", linewidth=1.6, markersize=5)
+        after = report["metrics"].get(name)
+        if after is not None:
+            axes.axhline(after, color="#495057", linestyle=":", linewidth=1.2)
+            axes.text(
+                0.98, 0.04, f"test {after:.4g}", transform=axes.transAxes, ha="right", fontsize=8
+            )
+        axes.set_title(name + (" *" if name == report["metric"] else ""), fontsize=10)
+        axes.set_xlabel("optimizer step", fontsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
