@@ -19,10 +19,10 @@ from benchmarks.gate import Gate
 from benchmarks.peers import UnavailableError
 from benchmarks.providers import BASELINE, Case, Provider
 from benchmarks.timing import DeviceClock, Timed, Timing, measure
-from lora_kernels.errors import LoraKernelsError
 from lora_kernels.ops import _registry
 from lora_kernels.testing import BudgetExceededError
 
+Announce = Callable[[str, Case], None]
 MODES = ("fwd", "bwd", "fwdbwd")
 DEFAULT = (
     "frozen", "peft", "peft-fp32", "peft-compile", "unsloth", "lorafusion", "liger",
@@ -147,10 +147,25 @@ def row(
     }
 
 
-def usable(names: list[str], case: Case) -> tuple[dict[str, Provider], dict[str, str]]:
+class DeviceLostError(RuntimeError):
+    """A provider left the device unusable: nothing after it can be judged."""
+
+
+def _still_there(name: str) -> None:
+    if torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            raise DeviceLostError(f"{name}: {str(error).splitlines()[0]}") from error
+
+
+def usable(
+    names: list[str], case: Case, announce: Announce = lambda name, case: None
+) -> tuple[dict[str, Provider], dict[str, str]]:
     """(providers that passed the gate, reasons of the others)."""
     gate, passed, reasons = Gate(), {}, {}
     for name in names:
+        announce(name, case)
         try:
             provider = providers.build(name, case)
             gate.check(provider, case)
@@ -159,18 +174,21 @@ def usable(names: list[str], case: Case) -> tuple[dict[str, Provider], dict[str,
             reasons[name] = str(error)
         except BudgetExceededError as error:
             reasons[name] = f"WRONG: {error}"
-        except (LoraKernelsError, RuntimeError, ValueError, NotImplementedError) as error:
-            text = str(error).splitlines() or [type(error).__name__]
-            reasons[name] = f"FAILED: {text[0]}"
+        except Exception as error:  # also what another project's code may raise
+            text = str(error).splitlines() or [""]
+            reasons[name] = f"FAILED: {type(error).__name__}: {text[0]}"
+            _still_there(name)
+    announce("", case)
     return passed, reasons
 
 
 def run_case(
     case: Case, names: list[str], modes: tuple[str, ...], top: dict[str, float], timed: Timed,
-    rounds: int, count: bool = True,
+    rounds: int, count: bool = True, announce: Announce = lambda name, case: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """One row per mode and provider; `count`: launches and memory too (needs a GPU)."""
-    passed, reasons = usable(names, case)
+    """One row per mode and provider; `count`: launches and memory too (needs a GPU). `announce`
+    is told which provider is about to run for the first time, and "" when all of them have."""
+    passed, reasons = usable(names, case, announce)
     rows = []
     for mode in modes:
         works = {name: getattr(p, mode) for name, p in passed.items()}
@@ -190,6 +208,7 @@ def run_case(
 def run_all(
     cases: tuple[Case, ...], names: list[str], modes: tuple[str, ...], top: dict[str, float],
     timed: Timed, rounds: int, deadline: float, count: bool = True,
+    announce: Announce = lambda name, case: None,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Rows of all cases. A case that does not start before `deadline` (time.monotonic) has rows
     that say so."""
@@ -200,6 +219,6 @@ def run_all(
                 for name in here:
                     yield row(case, mode, name, None, "no time left", top, {})
             continue
-        yield from run_case(case, here, modes, top, timed, rounds, count)
+        yield from run_case(case, here, modes, top, timed, rounds, count, announce)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -31,7 +31,10 @@ def _cpuinfo(field: str) -> str:
 
 def _git(*arguments: str) -> str:
     root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=root)
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=root)
+    except OSError:
+        return ""
     return done.stdout.strip() if done.returncode == 0 else ""
 
 

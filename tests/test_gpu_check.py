@@ -1,0 +1,472 @@
+"""make gpu-check, as far as it goes without a GPU: records, verdicts, tables, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gpu, gpu_report, machine, providers
+from benchmarks import record as records
+from benchmarks.providers import Case
+from benchmarks.timing import DeviceClock, measure, wall_clock
+from lora_kernels.ops import lora_linear
+from tools.gpu_check import __main__ as entry
+from tools.gpu_check import bench_part, parts, sanitize_part, test_part
+from tools.gpu_check import check as gpu_check
+
+ROOT = Path(__file__).resolve().parents[1]
+DEVICE = {
+    "type": "cuda", "name": "NVIDIA H100 80GB HBM3", "architecture": "sm_90", "processors": 132,
+    "memory_bytes": 85_000_000_000, "l2_bytes": 52_428_800, "runtime": "13.0",
+}  # fmt: skip
+TOP = {"copy_gb_s": 3000.0, "gemm_tflops": 790.0}
+PASSED = {"status": "passed", "why": "", "seconds": 1.0}
+
+
+def row(provider: str, ratio: float = 1.0, skipped: str | None = None, **changes: Any) -> dict:
+    made = {
+        "shape": [8192, 4096, 4096], "members": [4096], "rank": 16, "dropout": 0.0,
+        "dtype": "bfloat16", "mode": "fwd", "provider": provider, "skipped": skipped,
+    }  # fmt: skip
+    if skipped is None:
+        made |= {
+            "median_ms": 0.35 * ratio, "iqr_ms": [0.34 * ratio, 0.36 * ratio], "ratio": ratio,
+            "ratio_iqr": [ratio * 0.99, ratio * 1.01], "tflops": 785.0 / ratio,
+            "gb_s": 480.0 / ratio, "gemm_share": 0.99 / ratio, "copy_share": 0.16 / ratio,
+            "first_call_ms": 5.0, "calls_per_round": 20, "launches": 3, "peak_bytes": 67_000_000,
+        }  # fmt: skip
+    return made | changes
+
+
+def record(**changes: Any) -> dict[str, Any]:
+    ok = {b: {"status": "passed", "why": ""} for b in parts.BACKENDS}
+    rows = [row("frozen"), row("peft", 1.5), row("aten", 1.2), row("triton", 1.1)]
+    return {
+        "schema": 1, "op": "gpu_check", "device": DEVICE, "torch": "2.11.0", "triton": "3.6.0",
+        "lora_kernels": "0.1.0", "commit": "0123456789ab", "dirty": False, "load": 0.1,
+        "date": "2026-11-22T10:00:00+00:00", "command": "python -m tools.gpu_check",
+        "digests": {"triton": "t", "cuda": "c"},
+        "parts": {
+            "tests": {**PASSED, "backends": ok},
+            "sanitize": {**PASSED, "backends": ok},
+            "bench": {**PASSED, "backends": {}},
+        },
+        "kernels": {}, "ceilings": TOP, "rows": [*rows, row("cuda", 1.05)],
+        **changes,
+    }  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize("arguments", [[], ["--part", "tests"], ["--part", "bench"]])
+def test_without_a_gpu_one_line_and_exit_code_3(arguments, tmp_path, capsys):
+    assert gpu_check.main([*arguments, "--results", str(tmp_path)]) == gpu_check.NO_GPU == 3
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("gpu-check: no GPU here: torch ")
+    assert len(said.err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_python_without_torch_is_told_so(monkeypatch, capsys):
+    monkeypatch.setattr(entry.importlib.util, "find_spec", lambda name: None)
+    assert entry.run([]) == 3
+    said = capsys.readouterr().err
+    assert "has no torch" in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [(["--part", "all"], "--part"), (["--commit", "../x"], "--commit"), (["--turbo"], "--turbo")],
+)
+def test_bad_arguments_are_refused(arguments, named, capsys):
+    with pytest.raises(SystemExit) as caught:
+        gpu_check.parse(arguments)
+    assert caught.value.code == 2
+    assert named in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_parts_fit_into_ten_minutes():
+    assert set(gpu_check.BUDGETS) == set(parts.PARTS)
+    assert sum(gpu_check.BUDGETS.values()) <= 580
+
+
+@pytest.fixture
+def faked(monkeypatch):
+    """Every part answers at once; `answers` may be changed."""
+    ok = {b: {"status": "passed", "why": ""} for b in parts.BACKENDS}
+    answers = {
+        "tests": {**PASSED, "backends": ok},
+        "sanitize": {**PASSED, "backends": ok},
+        "bench": ({**PASSED, "backends": {}}, record()["rows"], TOP),
+    }
+    monkeypatch.setattr(machine, "gpu", lambda index=0: dict(DEVICE))
+    monkeypatch.setattr(test_part, "run", lambda seconds: answers["tests"])
+    monkeypatch.setattr(sanitize_part, "run", lambda seconds: answers["sanitize"])
+    monkeypatch.setattr(bench_part, "run", lambda seconds: answers["bench"])
+    return answers
+
+
+def only_file(folder: Path) -> dict[str, Any]:
+    (path,) = folder.rglob("*.json")
+    assert path.parent.name == "nvidia-h100-80gb-hbm3"
+    assert path.name.endswith("-abc123.json")
+    assert not list(folder.rglob(".*")), "a temporary file was left"
+    return json.loads(path.read_text())
+
+
+def test_whole_run(faked, tmp_path, capsys):
+    assert gpu_check.main(["--results", str(tmp_path), "--commit", "abc123"]) == 0
+    made = only_file(tmp_path)
+    assert {k: v["verdict"] for k, v in made["kernels"].items()} == dict.fromkeys(
+        parts.BACKENDS, "passed"
+    )
+    shown = capsys.readouterr().out
+    assert "ceilings in this run: copy 3000 GB/s, bf16 product 790 TFLOP/s" in shown
+    assert "kernels of cuda: passed" in shown
+    # Device and versions, no folders of this machine.
+    assert str(tmp_path) not in json.dumps(made)
+    assert str(ROOT) not in json.dumps(made)
+
+
+def test_parts_are_merged(faked, tmp_path):
+    common = ["--results", str(tmp_path), "--commit", "abc123"]
+    assert gpu_check.main(["--part", "bench", *common]) == 0
+    made = only_file(tmp_path)
+    assert set(made["parts"]) == {"bench"}
+    assert made["kernels"]["cuda"]["verdict"] == "not run"
+    assert gpu_check.main(["--part", "tests", *common]) == 0
+    made = only_file(tmp_path)
+    assert set(made["parts"]) == {"bench", "tests"}
+    assert len(made["rows"]) == 5
+    assert made["ceilings"] == TOP
+    assert made["kernels"]["cuda"] == {
+        "verdict": "passed", "why": ["sanitize: not asked for"],
+    }  # fmt: skip
+
+
+def test_a_failure_is_an_exit_code_and_stays_when_another_part_runs(faked, tmp_path):
+    faked["tests"] = {
+        "status": "failed", "why": "1 of 9 tests failed", "seconds": 1.0,
+        "backends": {"triton": {"status": "failed", "why": "test_x[triton]"}},
+    }  # fmt: skip
+    common = ["--results", str(tmp_path), "--commit", "abc123"]
+    assert gpu_check.main(["--part", "tests", *common]) == 1
+    assert gpu_check.main(["--part", "bench", *common]) == 1
+    kernels = only_file(tmp_path)["kernels"]
+    assert kernels["triton"]["verdict"] == "failed"
+    assert "test_x[triton]" in kernels["triton"]["why"][0]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"digests": {"triton": "other", "cuda": "c"}}, {"torch": "2.13.0"}, {"schema": 9}]
+)
+def test_parts_of_other_sources_are_not_merged(tmp_path, changes):
+    path = tmp_path / "r.json"
+    records.save(path, record(**changes))
+    fresh = record(parts={"tests": {**PASSED, "backends": {}}}, rows=[], ceilings=None)
+    assert parts.merge(fresh, path) == fresh
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 1}', '{"parts": 3}'])
+def test_a_broken_earlier_file_is_no_part(tmp_path, content):
+    path = tmp_path / "r.json"
+    path.write_text(content)
+    fresh = record(parts={}, rows=[], ceilings=None)
+    assert parts.merge(fresh, path) == fresh
+
+
+def test_a_part_that_did_not_run_keeps_the_earlier_one(tmp_path):
+    path = tmp_path / "r.json"
+    records.save(path, record())
+    fresh = record(parts={"sanitize": parts.not_run("no tool")}, rows=[], ceilings=None)
+    assert parts.merge(fresh, path)["parts"]["sanitize"]["status"] == "passed"
+
+
+def test_verdicts():
+    def of(backend: str = "triton", **changes: Any) -> tuple[str, str]:
+        made = parts.verdicts(record(**changes))[backend]
+        return made["verdict"], " ".join(made["why"])
+
+    whole = record()["parts"]
+    assert of() == ("passed", "")
+    assert of(rows=[row("triton", skipped="WRONG: da[0]: error")])[0] == "failed"
+    assert of(rows=[row("triton", skipped="triton is not installed")])[0] == "not run"
+    assert of(rows=[])[0] == "not run"
+    assert of(parts={**whole, "sanitize": parts.not_run("no tool")}) == (
+        "passed", "sanitize: no tool",
+    )  # fmt: skip
+    assert of(parts={**whole, "tests": parts.not_run("no pytest")}) == (
+        "not run", "tests: no pytest",
+    )  # fmt: skip
+    found = {"triton": {"status": "failed", "why": "racecheck: hazard"}}
+    assert of(parts={**whole, "sanitize": {**PASSED, "status": "failed", "backends": found}}) == (
+        "failed", "sanitize: racecheck: hazard",
+    )  # fmt: skip
+    nobodys = {"any": {"status": "failed", "why": "test_import"}}
+    broken = {**PASSED, "status": "failed", "backends": nobodys}
+    assert of("cuda", parts={**whole, "tests": broken})[0] == "failed"
+
+
+def lines(*entries: dict[str, Any]) -> list[str]:
+    return [json.dumps(e) for e in entries]
+
+
+def heard(test: str, outcome: str = "passed", why: str = "") -> dict[str, Any]:
+    return {"test": test, "outcome": outcome, "why": why}
+
+
+def test_tests_are_counted_per_backend():
+    made = test_part.summarise(
+        lines(
+            {"collected": 5},
+            heard("tests/ops/test_x_gpu.py::test_ranks[triton-16]"),
+            heard("tests/ops/test_x_gpu.py::test_ranks[cuda-16]", "failed", "too large"),
+            heard("tests/ops/test_x_gpu.py::test_ranks[aten-16]"),
+            heard("tests/ops/test_x_cuda.py::test_stream", "skipped"),
+        ),
+        True,
+        2.0,
+    )
+    assert made["status"] == "failed"
+    assert {b: e["status"] for b, e in made["backends"].items()} == {
+        "triton": "passed", "cuda": "failed", "aten": "passed",
+    }  # fmt: skip
+    assert (made["passed"], made["failed"], made["skipped"], made["collected"]) == (2, 1, 1, 5)
+    assert "too large" in made["backends"]["cuda"]["why"]
+
+
+def test_a_failure_of_nobody_counts_against_all():
+    made = test_part.summarise(lines(heard("tests/test_imports.py::test_x", "failed")), True, 1.0)
+    assert made["backends"]["any"]["status"] == "failed"
+
+
+def test_a_test_that_never_returns_has_failed():
+    told = lines(heard("t.py::test_a[aten]"), {"begin": "t.py::test_b[triton]"})
+    made = test_part.summarise([*told, '{"test": "t.py::te'], False, 9.0)
+    assert made["status"] == "failed"
+    assert "never returned" in made["backends"]["triton"]["why"]
+    assert made["backends"]["aten"]["status"] == "not run"
+
+
+def test_tests_that_only_skip_prove_nothing():
+    made = test_part.summarise(lines(heard("t.py::test_a[triton]", "skipped")), True, 1.0)
+    assert made["status"] == made["backends"]["triton"]["status"] == "not run"
+
+
+def test_the_plugin_writes_what_happened_and_stops_in_time(tmp_path):
+    code = """
+        import time, pytest
+        def test_good(): pass
+        def test_bad(): assert 1 == 2
+        @pytest.mark.skip(reason="no")
+        def test_skipped(): pass
+        def test_slow(): time.sleep(0.6)
+        def test_too_late(): pass
+    """
+    (tmp_path / "test_it.py").write_text("\n".join(x[8:] for x in code.splitlines()))
+    out = tmp_path / "out.jsonl"
+    command = [
+        sys.executable, "-m", "pytest", "-q", "-p", "tools.gpu_check.outcomes",
+        "-p", "no:cacheprovider", "-c", str(tmp_path / "none.ini"), "--rootdir", str(tmp_path),
+        "--outcomes", str(out), "--seconds", "0.5", str(tmp_path),
+    ]  # fmt: skip
+    (tmp_path / "none.ini").write_text("[pytest]\n")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stdout
+    told = [json.loads(line) for line in out.read_text().splitlines()]
+    assert told[0] == {"collected": 5}
+    outcomes = {e["test"].split("::")[1]: e for e in told if "test" in e}
+    assert {k: e["outcome"] for k, e in outcomes.items()} == {
+        "test_good": "passed", "test_bad": "failed", "test_skipped": "skipped",
+        "test_slow": "passed",
+    }  # fmt: skip
+    assert "assert 1 == 2" in outcomes["test_bad"]["why"]
+
+
+def test_marked_files_are_found():
+    files = test_part.marked_files()
+    assert "tests/test_philox_jit.py" in files
+    assert "tests/test_structure.py" not in files
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "status", "says"),
+    [
+        (0, "fine", "passed", ""),
+        (9, "x\n========= Invalid __global__ read of size 2\n", "failed", "Invalid __global__"),
+        (1, "aten: da[0]: error", "failed", "wrong results"),
+        (4, "triton is not installed", "not run", "triton is not installed"),
+        (None, "", "not run", "ran out of time"),
+        (255, "Device not supported", "not run", "Device not supported"),
+    ],
+)
+def test_sanitizer_exit_codes(code, output, status, says):
+    got, why = sanitize_part.judge(code, "memcheck", output)
+    assert got == status
+    assert says in why
+
+
+def test_no_sanitizer_is_not_a_pass(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    made = sanitize_part.run(10.0)
+    assert made["status"] == "not run"
+    assert "compute-sanitizer is not on PATH" in made["why"]
+
+
+def test_the_worst_run_of_a_sanitizer_counts():
+    runs = [("passed", ""), ("not run", "late"), ("failed", "hazard")]
+    assert sanitize_part.worst(runs) == {"status": "failed", "why": "hazard"}
+    assert sanitize_part.worst(runs[:2])["status"] == "not run"
+    assert sanitize_part.worst(runs[:1])["status"] == "passed"
+
+
+def test_a_child_that_dies_costs_one_provider():
+    begun = {k: v for k, v in row("triton", skipped="x").items() if k != "skipped"}
+    told = lines({"ceilings": TOP}, row("frozen"), {"timing": True}, {"begin": begun})
+    rows, top = bench_part.collect([*told, '{"sha'], "the process ended with code -11")
+    assert top == TOP
+    assert [r["provider"] for r in rows] == ["frozen", "triton"]
+    assert rows[1]["skipped"] == "FAILED: the process ended with code -11"
+    made = bench_part.entry(rows, "the process ended with code -11", 1.0)
+    assert made["status"] == "failed"
+    assert made["why"].startswith("triton at 8192×4096×4096: FAILED")
+    rows, _ = bench_part.collect([*told, *lines({"timing": True})], "ended")
+    assert [r["provider"] for r in rows] == ["frozen"]
+
+
+def test_another_projects_failure_is_its_own():
+    rows = [row("aten"), row("unsloth", skipped="FAILED: TypeError: x")]
+    assert bench_part.entry(rows, "", 1.0)["status"] == "passed"
+    assert bench_part.entry([row("cuda", skipped="no")], "", 1.0)["status"] == "not run"
+
+
+SMALL = Case(33, 40, 50, 4, torch.bfloat16)
+NAMES = ["frozen", "peft", "aten", "aten-fp32", "triton", "unsloth", "liger"]
+
+
+def test_the_child_measures_and_streams(monkeypatch, tmp_path, capsys):
+    """The benchmark's own path, on the CPU with a small case and another clock."""
+    cases = (SMALL, Case(33, 40, 50, 4, torch.bfloat16, 0.2, others=(20,)))
+    monkeypatch.setattr(gpu, "CASES", cases)
+    monkeypatch.setattr(gpu, "DEFAULT", ("frozen", "aten", "triton"))
+    monkeypatch.setattr(gpu, "device_clock", lambda: wall_clock)
+    monkeypatch.setattr(gpu, "ceilings", lambda timed: TOP)
+    everything = gpu.run_all
+    monkeypatch.setattr(gpu, "run_all", lambda *a, **k: everything(*a, **k, count=False))
+    out = tmp_path / "rows.jsonl"
+    assert bench_part.child(out, 100.0) == 0
+    rows, top = bench_part.collect(out.read_text().splitlines(), "")
+    assert top == TOP
+    assert len(rows) == 2 * 3 * 3  # cases, modes, providers
+    for made in rows:
+        assert (made["skipped"] is None) == (made["provider"] != "triton")
+    assert rows[-1]["members"] == [50, 20]
+    assert capsys.readouterr().out.count("\n") == 1 + len(rows)
+
+
+def test_a_case_that_comes_too_late_says_so():
+    rows = list(gpu.run_all((SMALL,), ["frozen", "aten"], ("fwd",), TOP, wall_clock, 2, 0.0, False))
+    assert [r["skipped"] for r in rows] == ["no time left"] * 2
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch):
+    def without_the_update(x, w, a, b, scaling, **rest):
+        return lora_linear(x, w, a, b, 0.0, **rest)
+
+    monkeypatch.setattr(providers, "lora_linear", without_the_update)
+    rows = gpu.run_case(SMALL, ["frozen", "aten"], ("fwd",), TOP, wall_clock, 2, False)
+    assert rows[0]["skipped"] is None
+    assert rows[1]["skipped"].startswith("WRONG: aten: ")
+    assert "median_ms" not in rows[1]
+
+
+def test_arithmetic_of_a_row():
+    timing = measure({"frozen": lambda: None}, "frozen", rounds=3, timed=lambda work, calls: 1e-3)
+    case = Case(8192, 4096, 4096, 16, torch.bfloat16)
+    made = gpu.row(case, "fwd", "frozen", timing["frozen"], None, TOP, {"launches": 1})
+    assert made["tflops"] == pytest.approx(2 * 8192 * 4096 * 4096 / 1e-3 / 1e12)
+    assert made["gemm_share"] == pytest.approx(made["tflops"] / 790.0)
+    assert made["copy_share"] == pytest.approx(made["gb_s"] / 3000.0)
+    both = gpu.row(case, "fwdbwd", "aten", timing["frozen"], None, TOP, {})
+    one = gpu.row(case, "fwd", "aten", timing["frozen"], None, TOP, {})
+    two = gpu.row(case, "bwd", "aten", timing["frozen"], None, TOP, {})
+    assert both["tflops"] == pytest.approx(one["tflops"] + two["tflops"])
+
+
+class FakeEvent:
+    now = 0.0
+
+    def __init__(self) -> None:
+        self.at: float | None = None
+        self.waited = False
+
+    def record(self) -> None:
+        self.at = FakeEvent.now
+
+    def synchronize(self) -> None:
+        self.waited = True
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        assert end.waited, "the clock was read before the device was done"
+        assert self.at is not None
+        assert end.at is not None
+        return end.at - self.at
+
+
+def test_the_device_clock_times_the_calls_and_not_the_cold_start():
+    def spend(ms: float):
+        def work() -> None:
+            FakeEvent.now += ms
+
+        return work
+
+    clock = DeviceClock(FakeEvent, spend(1000.0))
+    assert clock(spend(2.5), 4) == pytest.approx(2.5e-3)
+    timings = measure(
+        {"a": spend(2.0), "b": spend(3.0)}, "a", rounds=5, round_seconds=0.01, timed=clock
+    )
+    assert timings["b"].ratio.median == pytest.approx(1.5)
+    assert timings["a"].calls_per_round == 5
+
+
+def test_ceilings_are_measured():
+    made = gpu.ceilings(wall_clock, "cpu", 128)
+    assert set(made) == set(TOP)
+    assert all(v > 0 for v in made.values())
+
+
+def test_table_and_readme_of_a_record():
+    made = record(rows=[*record()["rows"], row("liger", skipped="has no LoRA linear")])
+    made["kernels"] = parts.verdicts(made)
+    shown = gpu_report.table(made).splitlines()
+    assert shown[0] == "NVIDIA H100 80GB HBM3 (sm_90), torch 2.11.0, triton 3.6.0"
+    cuda = next(line for line in shown if " cuda " in line and "8192×4096×4096" in line)
+    for text in ("1.050", "747.6", "0.94", " 3 ", "67.0"):
+        assert text in cuda
+    assert any("liger" in line and "not timed: has no LoRA linear" in line for line in shown)
+    text = gpu_report.readme(made)
+    assert "| 8192×4096×4096 | 16 | 0 | bfloat16 | 0.350 | 1.50 | 1.20 | 1.10 | **1.05** |" in text
+    assert "Liger" not in text
+    assert "790 TFLOP/s" in text
+
+
+def test_every_field_of_a_record_is_documented():
+    text = (records.RESULTS / "README.md").read_text()
+    made = record()
+    made["kernels"] = parts.verdicts(made)
+    names = {*made, *made["device"], *(k for r in made["rows"] for k in r), *made["ceilings"]}
+    for name in names:
+        assert f"`{name}`" in text, f"results/README.md does not describe {name}"
+
+
+@pytest.mark.parametrize("name", ["unsloth", "lorafusion", "liger"])
+def test_peers_are_skipped_with_the_reason(name):
+    with pytest.raises(providers.UnavailableError, match=name):
+        providers.build(name, SMALL)

@@ -1,0 +1,87 @@
+"""The record of a check in parts: its file, what is kept of an earlier part, the verdicts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record as records
+
+PARTS = ("tests", "sanitize", "bench")
+BACKENDS = ("aten", "triton", "cuda")
+STATUSES = ("passed", "failed", "not run")
+
+
+def not_run(why: str) -> dict[str, Any]:
+    return {"status": "not run", "why": why, "seconds": 0.0, "backends": {}}
+
+
+def path_of(record: dict[str, Any], results: Path) -> Path:
+    """results/<device>/<date>-<commit>.json"""
+    day = record["date"][:10].replace("-", "")
+    name = f"{day}-{record['commit'] or 'uncommitted'}.json"
+    return results / records.slug(record["device"]) / name
+
+
+def merge(record: dict[str, Any], path: Path) -> dict[str, Any]:
+    """`record` with the parts that an earlier call left in `path`.
+
+    Kept only where the earlier call ran the same sources on the same device and versions; a file
+    that cannot be read has no parts.
+    """
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        same = all(before[key] == record[key] for key in ("schema", "op", "device", "digests"))
+        same = same and all(before[key] == record[key] for key in ("torch", "triton", "commit"))
+        kept = {k: v for k, v in before["parts"].items() if v["status"] in STATUSES}
+        rows, top = list(before["rows"]), before["ceilings"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return record
+    if not same:
+        return record
+    ran = {k: v for k, v in record["parts"].items() if v["status"] != "not run" or k not in kept}
+    merged = {**record, "parts": {**kept, **ran}}
+    if not record["rows"]:
+        merged |= {"rows": rows, "ceilings": top}
+    return merged
+
+
+def _bench_verdict(rows: list[dict[str, Any]], backend: str) -> tuple[str, str]:
+    mine = [r for r in rows if r["provider"] in (backend, f"{backend}-fp32")]
+    for r in mine:
+        if r["skipped"] and r["skipped"].startswith(("WRONG", "FAILED")):
+            return "failed", f"benchmark, {r['shape']} {r['provider']}: {r['skipped'][:160]}"
+    if any(not r["skipped"] for r in mine):
+        return "passed", ""
+    reasons = [r["skipped"] for r in mine]
+    return "not run", f"benchmark: {reasons[0]}" if reasons else "benchmark: not run"
+
+
+def verdicts(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Per backend ``{"verdict", "why"}``.
+
+    passed: its tests and its benchmark gate passed, and no sanitizer found anything. failed: one
+    of them failed. not run: neither; `why` says what is missing. A failed test that belongs to
+    no backend counts against all of them.
+    """
+    made = {}
+    for backend in BACKENDS:
+        failed, missing, notes = [], [], []
+        for name in ("tests", "sanitize"):
+            part = record["parts"].get(name, not_run("not asked for"))
+            own = part["backends"].get(backend, {"status": "not run", "why": part["why"]})
+            if own["status"] == "failed":
+                failed.append(f"{name}: {own['why']}")
+            elif part["status"] == "failed" and part["backends"].get("any"):
+                failed.append(f"{name}: {part['backends']['any']['why']}")
+            elif own["status"] == "not run":
+                (notes if name == "sanitize" else missing).append(f"{name}: {own['why']}")
+        status, why = _bench_verdict(record["rows"], backend)
+        if status == "failed":
+            failed.append(why)
+        elif status == "not run":
+            missing.append(why)
+        verdict = "failed" if failed else "not run" if missing else "passed"
+        made[backend] = {"verdict": verdict, "why": failed or [*missing, *notes]}
+    return made
