@@ -20,6 +20,7 @@ constexpr size_t kStack = 64 << 10;
 constexpr size_t kGuard = 256;  // bytes after shared memory that must stay untouched
 constexpr int kBarriers = 16;   // as many as a block has on hardware
 constexpr unsigned char kPoison = 0xff;
+constexpr char kLaneReturned[] = "a warp-wide instruction after a lane has returned";
 
 struct Copy {
   void* to;
@@ -98,7 +99,9 @@ void thread_done() {
   Machine& m = machine;
   m.current->done = true;
   --m.alive;
-  --m.warps[m.current->id / kWarp].alive;
+  Warp& w = m.warps[m.current->id / kWarp];
+  --w.alive;
+  if (w.arrived > 0) fail(kLaneReturned);
   Barrier& b = m.barriers[0];
   if (b.threads == 0 && m.alive > 0 && static_cast<int>(b.waiting.size()) == m.alive) release(b);
 }
@@ -260,7 +263,7 @@ void warp_collective(const char* name, WarpFunction all, const void* in, void* o
   Machine& m = machine;
   Thread* self = m.current;
   Warp& w = m.warps[self->id / kWarp];
-  if (w.alive != kWarp) fail("a warp-wide instruction after a lane has returned");
+  if (w.alive != kWarp) fail(kLaneReturned);
   if (w.arrived == 0) {
     w.operation = name;
     w.function = all;

@@ -1,6 +1,8 @@
 // Tile variants of gemm_sm80.cuh and the rule that picks one. Host code.
 #pragma once
 
+#include <initializer_list>
+
 #include "launch.h"
 #include "split.h"
 

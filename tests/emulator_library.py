@@ -1,0 +1,191 @@
+"""The GPU kernels of csrc/lora_linear/cuda, built by the host compiler against the emulator.
+
+The same .cu files that nvcc compiles; csrc/common/emulator stands for the GPU. The shared library
+is kept in build/emulator under the hash of its sources, so a second run builds nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc"
+FLAGS = [
+    "-O2", "-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror",
+    "-U_FORTIFY_SOURCE", "-DLK_EMULATOR", "-DLK_PLANTED_FAULTS", f"-I{CSRC}",
+]  # fmt: skip
+MAX_GROUP, MAX_PAD_JOBS, MAX_TERMS = 8, 24, 16
+
+_i32, _i64, _f32, _ptr = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+
+
+def _struct(name: str, *fields: tuple[str, object]) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields)})
+
+
+def _named(kind: object, names: str) -> list[tuple[str, object]]:
+    return [(name, kind) for name in names.split()]
+
+
+# csrc/lora_linear/cuda/params.h, field by field.
+Dropout = _struct(
+    "Dropout", ("threshold", ctypes.c_uint32), ("key", ctypes.c_uint32 * 2), ("seed", _ptr)
+)
+PadJob = _struct(
+    "PadJob",
+    ("src", _ptr), ("src_dtype", _i32), *_named(_i64, "ld_src col_stride rows cols"),
+    ("dst", _ptr), *_named(_i64, "ld_dst dst_cols"),
+)  # fmt: skip
+PadParams = _struct("PadParams", *_named(_i32, "dtype jobs"), ("job", PadJob * MAX_PAD_JOBS))
+ShrinkMember = _struct(
+    "ShrinkMember",
+    ("a", _ptr), *_named(_i64, "lda rank s_column padded_column"), ("scaling", _f32),
+)  # fmt: skip
+ShrinkParams = _struct(
+    "ShrinkParams",
+    ("dtype", _i32), ("x", _ptr), *_named(_i64, "ldx m k"), ("members", _i32),
+    ("member", ShrinkMember * MAX_GROUP), ("s", _ptr), ("lds", _i64), ("scaled_s", _ptr),
+    ("ld_scaled", _i64), ("keep_scale", _f32), ("dropout", Dropout),
+    *_named(_i32, "sm_count splits"), ("workspace", _ptr),
+)  # fmt: skip
+DyMember = _struct(
+    "DyMember",
+    ("dy", _ptr), ("lddy", _i64), ("b", _ptr), ("ldb", _i64), ("s", _ptr), ("lds", _i64),
+    *_named(_i64, "n rank padded_column"), ("scaling", _f32), ("db", _ptr), ("lddb", _i64),
+    ("db_dtype", _i32),
+)  # fmt: skip
+DyPassParams = _struct(
+    "DyPassParams",
+    ("dtype", _i32), ("m", _i64), ("members", _i32), ("member", DyMember * MAX_GROUP),
+    ("ds", _ptr), ("ldds", _i64), ("keep_scale", _f32), *_named(_i32, "sm_count splits"),
+    ("workspace", _ptr),
+)  # fmt: skip
+DaMember = _struct(
+    "DaMember",
+    *_named(_i64, "rank padded_column"), ("da", _ptr), ("ldda", _i64), ("da_dtype", _i32),
+)  # fmt: skip
+DaParams = _struct(
+    "DaParams",
+    ("dtype", _i32), ("x", _ptr), ("ldx", _i64), ("ds", _ptr), *_named(_i64, "ldds m k"),
+    ("members", _i32), ("member", DaMember * MAX_GROUP), ("dropout", Dropout),
+    *_named(_i32, "sm_count splits"), ("workspace", _ptr),
+)  # fmt: skip
+GemmTerm = _struct(
+    "GemmTerm",
+    ("a", _ptr), ("lda", _i64), ("b", _ptr), *_named(_i64, "ldb k"), ("stream", _i32),
+)  # fmt: skip
+GemmProblem = _struct(
+    "GemmProblem",
+    ("n", _i64), ("c", _ptr), ("ldc", _i64), ("bias", _ptr),
+    *_named(_i32, "bias_dtype first_term terms"),
+)  # fmt: skip
+GemmParams = _struct(
+    "GemmParams",
+    *_named(_i32, "dtype layout"), ("m", _i64), ("problems", _i32),
+    ("problem", GemmProblem * MAX_GROUP), ("term", GemmTerm * MAX_TERMS), ("dropout", Dropout),
+    ("sm_count", _i32),
+)  # fmt: skip
+PARAMS = {
+    "pad": PadParams, "shrink": ShrinkParams, "dy_pass": DyPassParams, "da": DaParams,
+    "gemm_sm80": GemmParams,
+}  # fmt: skip
+
+
+def compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def _units() -> list[Path]:
+    listed = (CSRC / "lora_linear/cuda/sources.txt").read_text().splitlines()
+    kernels = [CSRC / "lora_linear/cuda" / line for line in listed if line and line[0] != "#"]
+    emulator = sorted((CSRC / "common/emulator").glob("*.cpp"))
+    return [*kernels, *emulator, *sorted((ROOT / "tests/csrc/emulator").glob("*.cpp"))]
+
+
+def _sources() -> list[Path]:
+    """The units and every project header that they include, however deep."""
+    found: list[Path] = []
+    queue = _units()
+    while queue:
+        path = queue.pop()
+        if path in found:
+            continue
+        found.append(path)
+        for name in re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE):
+            places = ((folder / name).resolve() for folder in (path.parent, CSRC))
+            queue += [p for p in places if p.exists()][:1]
+    return sorted(found)
+
+
+def _content_hash(cxx: str) -> str:
+    digest = hashlib.sha256(" ".join([cxx, *FLAGS]).encode())
+    for path in _sources():
+        digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+
+
+def build() -> Path:
+    """Path of the shared library, built where there is none for these sources."""
+    cxx = compiler()
+    if cxx is None:
+        raise FileNotFoundError("no C++ compiler; install g++ or set CXX")
+    cache = ROOT / "build" / "emulator"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        cache = Path(tempfile.gettempdir())
+    library = cache / f"emulator-{_content_hash(cxx)}.so"
+    if library.exists():
+        return library
+    with tempfile.TemporaryDirectory() as scratch:
+
+        def compile_unit(unit: Path) -> str:
+            target = str(Path(scratch) / f"{unit.stem}.o")
+            _run([cxx, *FLAGS, "-x", "c++", "-c", str(unit), "-o", target])
+            return target
+
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            objects = list(pool.map(compile_unit, _units()))
+        handle, unfinished = tempfile.mkstemp(dir=cache, suffix=".part")
+        os.close(handle)
+        _run([cxx, "-shared", "-o", unfinished, *objects])
+        os.replace(unfinished, library)
+    return library
+
+
+def load() -> ctypes.CDLL:
+    """The library with its entries declared; raises when a layout differs from params.h."""
+    library = ctypes.CDLL(str(build()))
+    for name, params in PARAMS.items():
+        size = getattr(library, f"lk_sizeof_{name}")
+        size.restype = ctypes.c_size_t
+        if size() != ctypes.sizeof(params):
+            raise RuntimeError(f"{name}: {size()} bytes in C++, {ctypes.sizeof(params)} here")
+        getattr(library, f"lk_{name}").argtypes = [_ptr]
+        check = getattr(library, f"lk_check_{name}")
+        check.argtypes, check.restype = [_ptr], ctypes.c_char_p
+    for name in ("shrink", "dy_pass", "da"):
+        workspace = getattr(library, f"lk_workspace_{name}")
+        workspace.argtypes, workspace.restype = [_ptr], ctypes.c_size_t
+    library.lk_gemm_sm80_tile.argtypes = [_ptr, _i32]
+    library.lk_gemm_sm80_choice.argtypes = [_ptr]
+    library.lk_selftest.argtypes = [ctypes.c_char_p]
+    library.lk_options.argtypes = [ctypes.c_uint64, _i32]
+    library.lk_register_memory.argtypes = [_ptr, ctypes.c_size_t]
+    library.lk_error.restype = ctypes.c_char_p
+    library.lk_blocks_run.restype = ctypes.c_uint64
+    return library
