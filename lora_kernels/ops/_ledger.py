@@ -182,6 +182,22 @@ def source_digest(op: str, backend: str) -> str:
     return f"{own}-{_library_digest()}"
 
 
+def digest(op: str, backend: str, configs: tuple[dict[str, Any], ...]) -> str:
+    """:func:`source_digest`, and for triton the tuned tiles that the kernels run with."""
+    own = source_digest(op, backend)
+    if backend != "triton" or not configs:
+        return own
+    told = json.dumps(configs, sort_keys=True).encode()
+    return f"{own}-{hashlib.sha256(told).hexdigest()[:8]}"
+
+
+def digests_here(op: str, index: int = 0) -> dict[str, str]:
+    """What a measurement on the GPU of that index is a measurement of."""
+    here = device(index)
+    table = table_for(here, read(folder(op), op)[0]) if here else None
+    return {b: digest(op, b, table.configs if table else ()) for b in SOURCES}
+
+
 def _library_digest() -> str:
     try:
         loader = importlib.import_module("lora_kernels._backends.cuda")

@@ -58,7 +58,7 @@ def head(argv: list[str], device: dict[str, Any], commit: str) -> dict[str, Any]
     described = machine.describe("tools.gpu_check", argv, device, commit)
     return {
         "schema": records.SCHEMA, "op": "gpu_check", **described, "triton": version("triton"),
-        "digests": {b: _ledger.source_digest("lora_linear", b) for b in ("triton", "cuda")},
+        "digests": _ledger.digests_here("lora_linear"),
         "parts": {}, "kernels": {}, "ceilings": None, "rows": [],
     }  # fmt: skip
 

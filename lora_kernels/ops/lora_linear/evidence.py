@@ -75,7 +75,7 @@ def _judge(backend: str, problem: LoraLinearProblem, direction: str) -> tuple[fl
     where = f"{table.device.name}, {table.date[:10]}, commit {table.commit}"
     if verdict["verdict"] == "failed":
         return None, f"failed its checks ({where})"
-    if verdict["digest"] != _ledger.source_digest(OP, backend):
+    if verdict["digest"] != _ledger.digest(OP, backend, table.configs):
         return None, f"its sources changed since they were measured ({where}); run make gpu-check"
     nearest = _nearest(table, backend, problem, direction)
     if nearest is None:
