@@ -40,8 +40,11 @@ def quantize(
 
     Source: formats.py.
     """
-    spec = validate.make_spec(w, format, block_size, double_quant, name)
-    spec = validate.with_storage(spec, quant_storage)
+    what = "w" if name is None else f"tensor {name!r}"
+    validate.check_weight(w, what)
+    spec = validate.make_spec(
+        tuple(w.shape), w.dtype, format, block_size, double_quant, quant_storage, what
+    )
     return QuantTensor(spec, encode.quantize(w.detach(), spec))
 
 

@@ -7,10 +7,12 @@ import importlib
 import importlib.util
 import os
 from dataclasses import dataclass, fields
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from lora_kernels._backends import cpu as cpu_library
 from lora_kernels.errors import InvalidArgumentError
 from lora_kernels.ops import _dispatch
 from lora_kernels.ops.quant_linear import formats
@@ -106,8 +108,16 @@ class QuantLinearProblem:
 
 
 @functools.cache
-def _module_exists(backend: str) -> bool:
-    return importlib.util.find_spec(f"lora_kernels.ops.quant_linear.{backend}") is not None
+def _cpu() -> tuple[ModuleType | None, str]:
+    """(the cpu backend, "") or (None, why it cannot be used)."""
+    if importlib.util.find_spec("lora_kernels.ops.quant_linear.cpu") is None:
+        return None, "quant_linear has no cpu kernels"
+    library, reason = cpu_library.load()
+    if library is None:
+        return None, reason
+    if not hasattr(library, "quant_linear_engine"):
+        return None, "lora_kernels._C was built before quant_linear; rebuild it"
+    return importlib.import_module("lora_kernels.ops.quant_linear.cpu"), ""
 
 
 def supports(backend: str, problem: QuantLinearProblem) -> tuple[bool, str]:
@@ -116,8 +126,9 @@ def supports(backend: str, problem: QuantLinearProblem) -> tuple[bool, str]:
         return True, "plain PyTorch"
     if backend == "aten":
         return True, "library GEMMs"
-    if backend == "cpu" and _module_exists("cpu"):
-        return importlib.import_module("lora_kernels.ops.quant_linear.cpu").supports(problem)
+    if backend == "cpu":
+        module, why = _cpu()
+        return (False, why) if module is None else module.supports(problem)
     return False, f"quant_linear has no {backend} kernels"
 
 
@@ -132,9 +143,8 @@ def _choose(problem: QuantLinearProblem, name: str, disabled: str) -> tuple[str,
     """Cached on all that the answer depends on: `disabled` serves the key alone."""
 
     def preferred(candidate: str) -> tuple[bool, str]:
-        if candidate == "cpu" and _module_exists("cpu"):
-            return importlib.import_module("lora_kernels.ops.quant_linear.cpu").preferred(problem)
-        return supports(candidate, problem)
+        module, why = _cpu()
+        return (False, why) if module is None else module.preferred(problem)
 
     if name == "auto":
         return _dispatch.resolve("quant_linear", name, ("cpu",), preferred)

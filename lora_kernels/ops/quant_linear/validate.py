@@ -6,7 +6,6 @@ Every message is one line: the argument, what was given, what is accepted.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import NoReturn
 
 import torch
@@ -32,33 +31,51 @@ def _shape(t: Tensor) -> str:
 
 
 def make_spec(
-    w: Tensor, format: str, block_size: int | None, double_quant: bool | None, name: str | None
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    format: str,
+    block_size: int | None,
+    double_quant: bool | None,
+    quant_storage: torch.dtype | None = None,
+    what: str = "w",
 ) -> QuantSpec:
-    """The spec that `quantize` will fill; every argument checked, the values of w included."""
-    what = "w" if name is None else f"tensor {name!r}"
+    """The spec that `quantize` fills for these arguments; every one checked."""
+    if dtype not in FLOATS:
+        _fail("quantize", f"{what} has dtype {dtype}; accepted: {_DTYPE_NAMES}")
+    if format not in FORMAT_NAMES:
+        _fail("quantize", f"format={format!r}; accepted: {', '.join(FORMAT_NAMES)}")
+    kind, layout = FORMAT_NAMES[format]
+    if not shape or (layout != formats.FLAT and len(shape) != 2):
+        accepted = "one axis or more" if layout == formats.FLAT else "[out_features, in_features]"
+        _fail("quantize", f"{what} has shape {list(shape)}; {format} accepts: {accepted}")
+    block = _block_size(layout, format, block_size, shape[-1])
+    if double_quant and layout != formats.FLAT:
+        _fail("quantize", f"double_quant=True; {format} has no nested statistics, nf4 and fp4 have")
+    nested = formats.NESTED_BLOCK if layout == formats.FLAT and double_quant is not False else 0
+    storage = formats.default_storage(layout)
+    if quant_storage is not None:
+        if layout != formats.FLAT:
+            _fail("quantize", f"quant_storage={quant_storage}; {format} has none, nf4 and fp4 have")
+        if quant_storage not in STORAGES:
+            names = ", ".join(str(d).removeprefix("torch.") for d in STORAGES)
+            _fail("quantize", f"quant_storage={quant_storage}; accepted: {names}")
+        storage = quant_storage
+    return QuantSpec(kind, layout, tuple(shape), dtype, block, nested, False, storage)
+
+
+def check_weight(w: Tensor, what: str) -> None:
+    """Something to quantize: a tensor with finite values that fp32 can hold."""
     if not isinstance(w, Tensor):
         _fail("quantize", f"{what} is a {type(w).__name__}; accepted: torch.Tensor")
     if w.is_meta:
         _fail("quantize", f"{what} is on the meta device and has no values; load it first")
     if w.dtype not in FLOATS:
         _fail("quantize", f"{what} has dtype {w.dtype}; accepted: {_DTYPE_NAMES}")
-    if format not in FORMAT_NAMES:
-        _fail("quantize", f"format={format!r}; accepted: {', '.join(FORMAT_NAMES)}")
-    kind, layout = FORMAT_NAMES[format]
-    if w.dim() == 0 or (layout != formats.FLAT and w.dim() != 2):
-        accepted = "one axis or more" if layout == formats.FLAT else "[out_features, in_features]"
-        _fail("quantize", f"{what} has shape {_shape(w)}; {format} accepts: {accepted}")
-    block = _block_size(layout, format, block_size, w.shape[-1])
-    if double_quant and layout != formats.FLAT:
-        _fail("quantize", f"double_quant=True; {format} has no nested statistics, nf4 and fp4 have")
-    nested = formats.NESTED_BLOCK if layout == formats.FLAT and double_quant is not False else 0
     if w.numel() and not bool(torch.isfinite(w).all()):
         bad = int((~torch.isfinite(w)).sum())
         _fail("quantize", f"{what} has {bad} NaN or infinite values of {w.numel()}")
     if w.dtype == torch.float64 and w.numel() and not bool(torch.isfinite(w.float()).all()):
         _fail("quantize", f"{what} has values beyond the range of float32")
-    storage = formats.default_storage(layout)
-    return QuantSpec(kind, layout, tuple(w.shape), w.dtype, block, nested, False, storage)
 
 
 def _block_size(layout: str, format: str, block_size: int | None, k: int) -> int:
@@ -168,15 +185,3 @@ def make_seed(
 def check_present(op: str, argument: str, t: object) -> None:
     if t is None:
         _fail(op, f"{argument} is None; accepted: torch.Tensor (without an adapter: quant_linear)")
-
-
-def with_storage(spec: QuantSpec, storage: torch.dtype | None) -> QuantSpec:
-    """The spec with another quant_storage, which only the flat layout has."""
-    if storage is None:
-        return spec
-    if spec.layout != formats.FLAT:
-        _fail("quantize", f"quant_storage={storage}; {spec.format} has none, nf4 and fp4 have")
-    if storage not in STORAGES:
-        names = ", ".join(str(d).removeprefix("torch.") for d in STORAGES)
-        _fail("quantize", f"quant_storage={storage}; accepted: {names}")
-    return replace(spec, storage=storage)
