@@ -1,0 +1,87 @@
+// The few things a CUDA host entry needs from torch, on the LibTorch stable ABI: contiguous operands,
+// workspaces from torch's allocator (so that stream order and graph capture hold), the current
+// stream, errors. Needs -DTORCH_TARGET_VERSION.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "dtype.h"
+
+// libtorch_cuda has it; weak, so that the library loads beside a torch that was built without CUDA.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+
+namespace lora_kernels::stable {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+[[noreturn]] inline void fail(const std::string& message) { throw std::runtime_error(message); }
+
+inline void check_launch(cudaError_t error, const char* kernel) {
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();  // a launch error is not sticky: leave none behind for the next caller
+  fail(std::string(kernel) + ": " + cudaGetErrorString(error));
+}
+
+inline cudaStream_t current_stream(int32_t device) {
+  if (aoti_torch_get_current_cuda_stream == nullptr) fail("this torch is built without CUDA");
+  void* stream = nullptr;
+  if (aoti_torch_get_current_cuda_stream(device, &stream) != 0) fail("no current CUDA stream");
+  return static_cast<cudaStream_t>(stream);
+}
+
+inline int device_attribute(cudaDeviceAttr attribute, int32_t device) {
+  int value = 0;
+  check_launch(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+inline Dtype dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    default:
+      fail(std::string(name) + " has an unsupported dtype; float32, bfloat16 and float16 are");
+  }
+}
+
+// A matrix whose rows have unit column stride, do not overlap, and are `ld` elements apart.
+struct Matrix {
+  Tensor tensor;
+  const void* data;
+  int64_t rows, columns, ld;
+};
+
+inline Matrix as_matrix(const Tensor& t, const char* name) {
+  if (t.dim() != 2) fail(std::string(name) + " is not two-dimensional");
+  const int64_t rows = t.size(0), columns = t.size(1);
+  const bool unit = columns <= 1 || t.stride(1) == 1;
+  const bool apart = rows <= 1 || t.stride(0) >= columns;
+  Tensor held = unit && apart ? t : torch::stable::contiguous(t);
+  const int64_t ld = rows <= 1 ? columns : held.stride(0);
+  return {held, held.const_data_ptr(), rows, columns, ld > columns ? ld : columns};
+}
+
+inline Tensor empty(const Tensor& like, std::vector<int64_t> sizes,
+                    std::optional<ScalarType> dtype = std::nullopt) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+inline Tensor workspace(const Tensor& like, size_t bytes) {
+  return empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+}
+
+}  // namespace lora_kernels::stable

@@ -1,0 +1,388 @@
+// Host entry of the CUDA kernels of lora_linear, on the LibTorch stable ABI: library
+// lora_kernels_cuda. Shapes, dtypes and the group are those of lora_kernels/ops/lora_linear/cuda.py,
+// which has checked them; here only what a wrong caller could crash on is checked again.
+//
+// Forward:  [pad]  shrink  GEMM.   Backward:  [pad]  one pass over dY  dA  GEMM.
+// Everything runs on the current stream of x's device, allocates through torch and never waits for
+// the device, so a call can be captured into a graph.
+#include <tuple>
+
+#include "../../common/stable_torch.h"
+#include "gemm_sm90.h"
+#include "launch.h"
+
+namespace lora_kernels::lora_linear::cuda {
+namespace {
+
+using stable::as_matrix;
+using stable::check_launch;
+using stable::dtype_of;
+using stable::fail;
+using stable::Matrix;
+using stable::Tensor;
+
+// What every call needs to know about where it runs.
+struct Place {
+  explicit Place(const Tensor& x)
+      : guard(x.get_device_index()),
+        stream(stable::current_stream(x.get_device_index())),
+        sm_count(stable::device_attribute(cudaDevAttrMultiProcessorCount, x.get_device_index())),
+        hopper(stable::device_attribute(cudaDevAttrComputeCapabilityMajor, x.get_device_index()) ==
+                   9 &&
+               stable::device_attribute(cudaDevAttrComputeCapabilityMinor, x.get_device_index()) ==
+                   0) {}
+
+  torch::stable::accelerator::DeviceGuard guard;
+  cudaStream_t stream;
+  int sm_count;
+  bool hopper;
+};
+
+void require(const char* why) {
+  if (why != nullptr) fail(std::string("lora_linear: ") + why);
+}
+
+void require(bool right, const char* what) {
+  if (!right) fail(std::string("lora_linear: ") + what);
+}
+
+Dropout make_dropout(int64_t threshold, const std::optional<Tensor>& seed) {
+  Dropout dropout{};
+  if (threshold == 0) return dropout;
+  require(threshold > 0 && threshold <= 65536, "threshold is not in 0..65536");
+  require(seed.has_value() && seed->scalar_type() == stable::ScalarType::Long && seed->is_cuda() &&
+              seed->numel() == 1,
+          "dropout needs a seed: one int64 on the device of x");
+  dropout.threshold = static_cast<uint32_t>(threshold);
+  dropout.seed = static_cast<const int64_t*>(seed->const_data_ptr());
+  return dropout;
+}
+
+// An operand as the kernels want it: of dtype T, 16-byte aligned rows.
+struct Operand {
+  const void* data;
+  int64_t ld;
+};
+
+// Copies of small operands that have another dtype or odd rows, made by one launch.
+class Pads {
+ public:
+  Pads(const Tensor& x, Dtype dtype) : x_(x) {
+    params_.dtype = dtype;
+    params_.jobs = 0;
+  }
+
+  // `columns` of `m` from column `first` on; aligned rows are asked for, the kernels take any.
+  Operand add(const Matrix& m, int64_t first, int64_t columns) {
+    const Dtype dtype = dtype_of(m.tensor, "an adapter");
+    const size_t element = dtype == Dtype::kFloat32 ? 4 : 2;
+    const void* data = static_cast<const char*>(m.data) + first * static_cast<int64_t>(element);
+    if (dtype == params_.dtype && aligned16(data, m.ld)) return {data, m.ld};
+    require(params_.jobs < kMaxPadJobs, "too many operands to copy");
+    const int64_t ld = padded_rank(columns);
+    copies_.push_back(stable::empty(x_, {m.rows, ld}));
+    void* copy = copies_.back().mutable_data_ptr();
+    params_.job[params_.jobs++] = {data, dtype, m.ld, 1, m.rows, columns, copy, ld, ld};
+    return {copy, ld};
+  }
+
+  void launch(cudaStream_t stream) {
+    if (params_.jobs == 0) return;
+    require(check(params_));
+    check_launch(launch_pad(params_, stream), "pad");
+  }
+
+ private:
+  Tensor x_;
+  std::vector<Tensor> copies_;
+  PadParams params_;
+};
+
+// The GEMM of this device and these operands; `name` is "auto" or one kernel by name.
+void run_gemm(const GemmParams& p, const std::string& name, const Place& place) {
+  struct Named {
+    const char* name;
+    Sm90Config config;
+  };
+  static constexpr Named kSm90[] = {{"sm90", Sm90Config::kChoose},
+                                    {"sm90_128x256_cluster", Sm90Config::k128x256Cluster},
+                                    {"sm90_128x256", Sm90Config::k128x256},
+                                    {"sm90_128x128_cluster", Sm90Config::k128x128Cluster},
+                                    {"sm90_128x128", Sm90Config::k128x128}};
+  require(check(p));
+  if (name == "auto") {
+    if (place.hopper && check_sm90(p) == nullptr) {
+      const cudaError_t error = launch_gemm_sm90(p, Sm90Config::kChoose, place.stream);
+      if (error != cudaErrorNotSupported) return check_launch(error, "gemm_sm90");
+    }
+    return check_launch(launch_gemm_sm80(p, place.stream), "gemm_sm80");
+  }
+  if (name == "sm80") return check_launch(launch_gemm_sm80(p, place.stream), "gemm_sm80");
+  for (const Named& known : kSm90) {
+    if (name != known.name) continue;
+    require(place.hopper, "the sm_90a GEMM needs compute capability 9.0");
+    require(check_sm90(p));
+    return check_launch(launch_gemm_sm90(p, known.config, place.stream), "gemm_sm90");
+  }
+  fail("lora_linear: gemm='" + name +
+       "' is unknown; accepted: auto, sm80, sm90, sm90_128x256_cluster, sm90_128x256, "
+       "sm90_128x128_cluster, sm90_128x128");
+}
+
+struct Ranks {
+  std::vector<int64_t> rank, column, padded_column;
+  int64_t sum = 0, padded_sum = 0;
+
+  explicit Ranks(const std::vector<Matrix>& a) {
+    for (const Matrix& m : a) {
+      rank.push_back(m.rows);
+      column.push_back(sum);
+      padded_column.push_back(padded_sum);
+      sum += m.rows;
+      padded_sum += padded_rank(m.rows);
+    }
+  }
+};
+
+std::vector<Matrix> as_matrices(const std::vector<Tensor>& tensors, const char* name) {
+  std::vector<Matrix> matrices;
+  for (const Tensor& t : tensors) matrices.push_back(as_matrix(t, name));
+  return matrices;
+}
+
+void check_group(const Matrix& x, const std::vector<Matrix>& w, const std::vector<Matrix>& a,
+                 const std::vector<Matrix>& b, const std::vector<double>& scalings) {
+  const size_t members = w.size();
+  require(members >= 1 && members <= kMaxGroup, "a group has 1 to 8 members");
+  require(a.size() == members && b.size() == members && scalings.size() == members,
+          "the lists differ in length");
+  for (size_t g = 0; g < members; ++g) {
+    require(w[g].columns == x.columns && a[g].columns == x.columns && b[g].rows == w[g].rows &&
+                b[g].columns == a[g].rows,
+            "the shapes of x, weight, lora_a and lora_b do not fit");
+    require(w[g].tensor.scalar_type() == x.tensor.scalar_type(), "weight and x differ in dtype");
+    for (const Matrix* m : {&w[g], &a[g], &b[g]}) {
+      require(m->tensor.is_cuda() &&
+                  m->tensor.get_device_index() == x.tensor.get_device_index(),
+              "an operand is on another device than x");
+    }
+  }
+}
+
+std::tuple<std::vector<Tensor>, Tensor> forward(
+    Tensor x_in, std::vector<Tensor> weights, std::vector<Tensor> lora_as,
+    std::vector<Tensor> lora_bs, std::vector<std::optional<Tensor>> biases,
+    std::vector<double> scalings, double keep_scale, int64_t threshold, std::optional<Tensor> seed,
+    std::string gemm) {
+  const Place place(x_in);
+  const Matrix x = as_matrix(x_in, "x");
+  const std::vector<Matrix> w = as_matrices(weights, "weight"), a = as_matrices(lora_as, "lora_a"),
+                            b = as_matrices(lora_bs, "lora_b");
+  check_group(x, w, a, b, scalings);
+  require(biases.size() == w.size(), "the lists differ in length");
+  const size_t members = w.size();
+  const Dtype dtype = dtype_of(x_in, "x");
+  const Ranks ranks(a);
+
+  Pads pads(x.tensor, dtype);
+  std::vector<Operand> pa, pb;
+  for (size_t g = 0; g < members; ++g) {
+    pa.push_back(pads.add(a[g], 0, a[g].columns));
+    pb.push_back(pads.add(b[g], 0, b[g].columns));
+  }
+  pads.launch(place.stream);
+
+  Tensor s = stable::empty(x.tensor, {x.rows, ranks.sum});
+  Tensor scaled_s = stable::empty(x.tensor, {x.rows, ranks.padded_sum});
+  ShrinkParams shrink{};
+  shrink.dtype = dtype;
+  shrink.x = x.data;
+  shrink.ldx = x.ld;
+  shrink.m = x.rows;
+  shrink.k = x.columns;
+  shrink.members = static_cast<int>(members);
+  for (size_t g = 0; g < members; ++g) {
+    shrink.member[g] = {pa[g].data,      pa[g].ld,
+                        ranks.rank[g],   ranks.column[g],
+                        ranks.padded_column[g], static_cast<float>(scalings[g])};
+  }
+  shrink.s = s.mutable_data_ptr();
+  shrink.lds = ranks.sum;
+  shrink.scaled_s = scaled_s.mutable_data_ptr();
+  shrink.ld_scaled = ranks.padded_sum;
+  shrink.keep_scale = static_cast<float>(keep_scale);
+  shrink.dropout = make_dropout(threshold, seed);
+  shrink.sm_count = place.sm_count;
+  Tensor shrink_space = stable::workspace(x.tensor, shrink_workspace(shrink));
+  shrink.workspace = shrink_space.mutable_data_ptr();
+  require(check(shrink));
+  check_launch(launch_shrink(shrink, place.stream), "shrink");
+
+  GemmParams params{};
+  params.dtype = dtype;
+  params.layout = OperandLayout::kNK;
+  params.m = x.rows;
+  params.problems = static_cast<int>(members);
+  params.sm_count = place.sm_count;
+  std::vector<Tensor> ys, held;
+  for (size_t g = 0; g < members; ++g) {
+    ys.push_back(stable::empty(x.tensor, {x.rows, w[g].rows}));
+    GemmProblem& problem = params.problem[g];
+    problem.n = problem.ldc = w[g].rows;
+    problem.c = ys.back().mutable_data_ptr();
+    if (biases[g].has_value()) {
+      require(biases[g]->numel() == w[g].rows, "a bias has another length than its weight");
+      held.push_back(torch::stable::contiguous(*biases[g]));
+      problem.bias = held.back().const_data_ptr();
+      problem.bias_dtype = dtype_of(held.back(), "bias");
+    }
+    problem.first_term = static_cast<int>(2 * g);
+    problem.terms = 2;
+    const char* scaled = static_cast<const char*>(shrink.scaled_s) + 2 * ranks.padded_column[g];
+    params.term[2 * g] = {scaled, ranks.padded_sum, pb[g].data, pb[g].ld, ranks.rank[g], -1};
+    params.term[2 * g + 1] = {x.data, x.ld, w[g].data, w[g].ld, x.columns, -1};
+  }
+  run_gemm(params, gemm, place);
+  return {ys, s};
+}
+
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> backward(
+    std::vector<Tensor> dys_in, Tensor x_in, std::vector<Tensor> weights,
+    std::vector<Tensor> lora_as, std::vector<Tensor> lora_bs, Tensor s_in,
+    std::vector<double> scalings, double keep_scale, int64_t threshold, std::optional<Tensor> seed,
+    bool need_dx, bool need_da, bool need_db, std::string gemm) {
+  const Place place(x_in);
+  const Matrix x = as_matrix(x_in, "x"), s = as_matrix(s_in, "s");
+  const std::vector<Matrix> w = as_matrices(weights, "weight"), a = as_matrices(lora_as, "lora_a"),
+                            b = as_matrices(lora_bs, "lora_b"), dy = as_matrices(dys_in, "dy");
+  check_group(x, w, a, b, scalings);
+  const size_t members = w.size();
+  const Dtype dtype = dtype_of(x_in, "x");
+  const Ranks ranks(a);
+  require(dy.size() == members, "the lists differ in length");
+  require(s.rows == x.rows && s.columns == ranks.sum && dtype_of(s_in, "s") == dtype,
+          "s has another shape or dtype than forward gave it");
+  const Dropout dropout = make_dropout(threshold, seed);
+  const bool need_ds = need_dx || need_da;
+
+  Pads pads(x.tensor, dtype);
+  std::vector<Operand> pa(members), pb(members), ps(members);
+  for (size_t g = 0; g < members; ++g) {
+    require(dy[g].rows == x.rows && dy[g].columns == w[g].rows && dtype_of(dys_in[g], "dy") == dtype,
+            "dy has another shape or dtype than y");
+    if (need_dx) pa[g] = pads.add(a[g], 0, a[g].columns);
+    if (need_ds) pb[g] = pads.add(b[g], 0, b[g].columns);
+    if (need_db) ps[g] = pads.add(s, ranks.column[g], ranks.rank[g]);
+  }
+  pads.launch(place.stream);
+
+  const Tensor none = stable::empty(x.tensor, {0});
+  Tensor ds = need_ds ? stable::empty(x.tensor, {x.rows, ranks.padded_sum}) : none;
+  std::vector<Tensor> das, dbs;
+  if (need_ds || need_db) {
+    DyPassParams pass{};
+    pass.dtype = dtype;
+    pass.m = x.rows;
+    pass.members = static_cast<int>(members);
+    for (size_t g = 0; g < members; ++g) {
+      DyMember& member = pass.member[g];
+      member.dy = dy[g].data;
+      member.lddy = dy[g].ld;
+      member.b = pb[g].data;
+      member.ldb = pb[g].ld;
+      member.s = ps[g].data;
+      member.lds = ps[g].ld;
+      member.n = w[g].rows;
+      member.rank = ranks.rank[g];
+      member.padded_column = ranks.padded_column[g];
+      member.scaling = static_cast<float>(scalings[g]);
+      if (need_db) {
+        dbs.push_back(stable::empty(b[g].tensor, {b[g].rows, b[g].columns}));
+        member.db = dbs.back().mutable_data_ptr();
+        member.lddb = b[g].columns;
+        member.db_dtype = dtype_of(dbs.back(), "lora_b");
+      }
+    }
+    pass.ds = need_ds ? ds.mutable_data_ptr() : nullptr;
+    pass.ldds = ranks.padded_sum;
+    pass.keep_scale = static_cast<float>(keep_scale);
+    pass.sm_count = place.sm_count;
+    Tensor space = stable::workspace(x.tensor, dy_pass_workspace(pass));
+    pass.workspace = space.mutable_data_ptr();
+    require(check(pass));
+    check_launch(launch_dy_pass(pass, place.stream), "dy_pass");
+  }
+  if (need_da) {
+    DaParams p{};
+    p.dtype = dtype;
+    p.x = x.data;
+    p.ldx = x.ld;
+    p.ds = ds.const_data_ptr();
+    p.ldds = ranks.padded_sum;
+    p.m = x.rows;
+    p.k = x.columns;
+    p.members = static_cast<int>(members);
+    for (size_t g = 0; g < members; ++g) {
+      das.push_back(stable::empty(a[g].tensor, {a[g].rows, a[g].columns}));
+      p.member[g] = {ranks.rank[g], ranks.padded_column[g], das.back().mutable_data_ptr(),
+                     a[g].columns, dtype_of(das.back(), "lora_a")};
+    }
+    p.dropout = dropout;
+    p.sm_count = place.sm_count;
+    Tensor space = stable::workspace(x.tensor, da_workspace(p));
+    p.workspace = space.mutable_data_ptr();
+    require(check(p));
+    check_launch(launch_da(p, place.stream), "da");
+  }
+  Tensor dx = need_dx ? stable::empty(x.tensor, {x.rows, x.columns}) : none;
+  if (need_dx) {
+    GemmParams p{};
+    p.dtype = dtype;
+    p.layout = OperandLayout::kKN;
+    p.m = x.rows;
+    p.problems = 1;
+    p.problem[0].n = p.problem[0].ldc = x.columns;
+    p.problem[0].c = dx.mutable_data_ptr();
+    p.problem[0].terms = static_cast<int>(2 * members);
+    p.dropout = dropout;
+    p.sm_count = place.sm_count;
+    for (size_t g = 0; g < members; ++g) {
+      const char* part = static_cast<const char*>(ds.const_data_ptr()) + 2 * ranks.padded_column[g];
+      const int stream = threshold > 0 ? static_cast<int>(g) : -1;
+      p.term[g] = {part, ranks.padded_sum, pa[g].data, pa[g].ld, ranks.rank[g], stream};
+      p.term[members + g] = {dy[g].data, dy[g].ld, w[g].data, w[g].ld, w[g].rows, -1};
+    }
+    run_gemm(p, gemm, place);
+  }
+  return {dx, das, dbs};
+}
+
+std::string build_info() {
+  return std::string("nvcc ") + LK_NVCC_VERSION + "; " + LK_CUDA_TARGETS;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lora_kernels_cuda, m) {
+  m.def(
+      "lora_linear_fwd(Tensor x, Tensor[] weights, Tensor[] lora_as, Tensor[] lora_bs, "
+      "Tensor?[] biases, float[] scalings, float keep_scale, int threshold, Tensor? seed, "
+      "str gemm) -> (Tensor[] ys, Tensor s)");
+  m.def(
+      "lora_linear_bwd(Tensor[] dys, Tensor x, Tensor[] weights, Tensor[] lora_as, "
+      "Tensor[] lora_bs, Tensor s, float[] scalings, float keep_scale, int threshold, "
+      "Tensor? seed, bool need_dx, bool need_da, bool need_db, str gemm) "
+      "-> (Tensor dx, Tensor[] das, Tensor[] dbs)");
+  m.def("build_info() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels_cuda, CUDA, m) {
+  m.impl("lora_linear_fwd", TORCH_BOX(&forward));
+  m.impl("lora_linear_bwd", TORCH_BOX(&backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels_cuda, CompositeExplicitAutograd, m) {
+  m.impl("build_info", TORCH_BOX(&build_info));
+}
+
+}  // namespace lora_kernels::lora_linear::cuda

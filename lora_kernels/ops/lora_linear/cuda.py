@@ -1,0 +1,114 @@
+"""lora_linear on the compiled CUDA kernels (csrc/lora_linear/cuda).
+
+Forward: shrink, then one K-extended GEMM. Backward: one pass over dY for dS and dB, dA, then one
+K-extended GEMM for dX. The GEMM is the sm_90a one on Hopper where every operand has 16-byte rows,
+else the sm_80 one; ``LORA_KERNELS_CUDA_GEMM`` names another (`GEMMS`) for tests and tuning.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from lora_kernels._backends import cuda as backend
+from lora_kernels.errors import InvalidArgumentError
+from lora_kernels.ops._philox import keep_scale, threshold
+from lora_kernels.ops.lora_linear.problem import LoraLinearProblem
+
+GEMMS = (
+    "auto", "sm80", "sm90", "sm90_128x256_cluster", "sm90_128x256", "sm90_128x128_cluster",
+    "sm90_128x128",
+)  # fmt: skip
+_DTYPES = (torch.bfloat16, torch.float16)
+_KERNEL_DTYPES = (torch.float32, *_DTYPES)
+_MAX_GROUP = 8
+_MAX_RANK = 256
+_MAX_EXTENT = 2**31 - 1024
+
+
+def supports(problem: LoraLinearProblem) -> tuple[bool, str]:
+    """Can the kernels run `problem`, at whatever speed."""
+    if problem.device != "cuda":
+        return False, f"x is on {problem.device}, the kernels work on cuda tensors"
+    if problem.dtype not in _DTYPES:
+        return False, f"dtype {problem.dtype} is not supported; bfloat16 and float16 are"
+    if problem.K == 0 or 0 in problem.N:
+        return False, "in_features or out_features is 0"
+    if len(problem.N) > _MAX_GROUP:
+        return False, f"a group of {len(problem.N)} is too large; at most {_MAX_GROUP}"
+    if max(problem.rank) > _MAX_RANK:
+        return False, f"rank {max(problem.rank)} is too large; at most {_MAX_RANK}"
+    if max(problem.M, problem.K, *problem.N) > _MAX_EXTENT:
+        return False, f"an extent is larger than {_MAX_EXTENT}"
+    reason = backend.device_reason()
+    return not reason, reason or "CUDA C++ kernels"
+
+
+def _gemm() -> str:
+    name = os.environ.get("LORA_KERNELS_CUDA_GEMM", "") or "auto"
+    if name not in GEMMS:
+        raise InvalidArgumentError(
+            f"LORA_KERNELS_CUDA_GEMM={name!r} is unknown; accepted: {', '.join(GEMMS)}"
+        )
+    return name
+
+
+def _adapter(t: Tensor) -> Tensor:
+    """The kernels read fp32 and 16-bit adapters and biases; fp64 is rounded to fp32 first."""
+    return t if t.dtype in _KERNEL_DTYPES else t.to(torch.float32)
+
+
+def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[float, int, Tensor | None]:
+    """(1 / P(keep), smallest draw that is kept, seed)."""
+    if dropout_p == 0.0 or seed is None:
+        return 1.0, 0, None
+    return keep_scale(dropout_p), threshold(dropout_p), seed
+
+
+def lora_linear_fwd(
+    x: Tensor,
+    weights: list[Tensor],
+    lora_as: list[Tensor],
+    lora_bs: list[Tensor],
+    biases: list[Tensor | None],
+    scalings: list[float],
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[list[Tensor], Tensor]:
+    """Ys, each [M, N_g], and S [M, sum of ranks] in the dtype of x."""
+    library, reason = backend.load()
+    assert library is not None, reason
+    return library.lora_linear_fwd(
+        x, [w.to(x.dtype) for w in weights], [_adapter(a) for a in lora_as],
+        [_adapter(b) for b in lora_bs], [None if b is None else _adapter(b) for b in biases],
+        scalings, *_dropout(dropout_p, seed), _gemm(),
+    )  # fmt: skip
+
+
+def lora_linear_bwd(
+    dys: list[Tensor],
+    x: Tensor,
+    weights: list[Tensor],
+    lora_as: list[Tensor],
+    lora_bs: list[Tensor],
+    s: Tensor,
+    scalings: list[float],
+    dropout_p: float,
+    seed: Tensor | None,
+    need_dx: bool,
+    need_da: bool,
+    need_db: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """dX [M, K], dAs in the dtype of A, dBs in the dtype of B; what is not needed is empty."""
+    library, reason = backend.load()
+    assert library is not None, reason
+    dx, das, dbs = library.lora_linear_bwd(
+        dys, x, [w.to(x.dtype) for w in weights], [_adapter(a) for a in lora_as],
+        [_adapter(b) for b in lora_bs], s, scalings, *_dropout(dropout_p, seed),
+        need_dx, need_da, need_db, _gemm(),
+    )  # fmt: skip
+    das = [d.to(a.dtype) for d, a in zip(das, lora_as, strict=need_da)]
+    dbs = [d.to(b.dtype) for d, b in zip(dbs, lora_bs, strict=need_db)]
+    return dx, das, dbs
