@@ -1,14 +1,18 @@
-"""Builds lora_kernels._C (CPU kernels) from csrc/sources.txt; metadata is in pyproject.toml.
+"""Builds lora_kernels._C (CPU kernels) and, where nvcc is, lora_kernels/_cuda.so from
+csrc/sources.txt; metadata is in pyproject.toml.
 
 Per-ISA objects come from one static library per instruction set, because the extension's own
 build gives all its sources the same flags. The engine is chosen at run time. Where torch or a
-compiler is missing the Python package still installs; `lora-kernels env` then says why.
+compiler is missing the Python package still installs; `lora-kernels env` then says why. The CUDA
+library has a build of its own, tools/build_cuda.py.
 
-Environment: LORA_KERNELS_SKIP_CPU=1 skips the native part, LORA_KERNELS_DEBUG=1 builds -O0 -g.
+Environment: LORA_KERNELS_SKIP_CPU=1 skips the native parts, LORA_KERNELS_SKIP_CUDA=1 the CUDA
+library; LORA_KERNELS_DEBUG=1 builds the CPU kernels with -O0 -g.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import subprocess
@@ -53,6 +57,16 @@ def accepts(flags: list[str]) -> bool:
         return False
 
 
+def build_cuda(folder: Path) -> None:
+    """tools/build_cuda.py, which is no module of a package."""
+    spec = importlib.util.spec_from_file_location("build_cuda", ROOT / "tools" / "build_cuda.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    reason = module.build(folder)
+    if reason:
+        print(f"lora_kernels: the CUDA kernels are not built: {reason}")
+
+
 def native() -> dict[str, object]:
     if os.environ.get("LORA_KERNELS_SKIP_CPU") == "1":
         print("lora_kernels: LORA_KERNELS_SKIP_CPU=1, the CPU kernels are not built")
@@ -63,6 +77,13 @@ def native() -> dict[str, object]:
     except ImportError as error:
         print(f"lora_kernels: torch cannot be imported ({error}), the CPU kernels are not built")
         return {}
+
+    class BuildBoth(BuildExtension):
+        def run(self) -> None:
+            super().run()
+            in_place = self.inplace or getattr(self, "editable_mode", False)
+            build_cuda((ROOT if in_place else Path(self.build_lib)) / "lora_kernels")
+
     headers = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h"))
     libraries = []
     for isa, flags in ISA_FLAGS.items():
@@ -89,7 +110,7 @@ def native() -> dict[str, object]:
     return {
         "libraries": libraries,
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": BuildExtension},
+        "cmdclass": {"build_ext": BuildBoth},
     }
 
 
