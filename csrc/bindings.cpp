@@ -4,6 +4,7 @@
 #include "cpu/amx_peak.h"
 #include "cpu/isa.h"
 #include "lora_linear/lora_linear_host.h"
+#include "quant_linear/quant_linear_host.h"
 
 namespace py = pybind11;
 using namespace lora_kernels;
@@ -24,4 +25,14 @@ PYBIND11_MODULE(_C, m) {
         py::arg("for_dgrad"), release());
   m.def("lora_linear_fwd", &lora_linear::lora_linear_fwd, release());
   m.def("lora_linear_bwd", &lora_linear::lora_linear_bwd, release());
+  py::class_<quant_linear::QuantWeight, std::shared_ptr<quant_linear::QuantWeight>>(m, "QuantWeight")
+      .def(py::init(&quant_linear::make_weight), py::arg("layout"), py::arg("n"), py::arg("k"),
+           py::arg("block"), py::arg("nested_block"), py::arg("factor"), py::arg("parts"))
+      .def_readonly("repacked_bytes", &quant_linear::QuantWeight::repacked_bytes);
+  m.def("quant_linear_engine", &quant_linear::engine_name, py::arg("dtype"));
+  m.def("quant_linear_dequantize", &quant_linear::dequantize, release());
+  m.def("quant_linear_quantize_flat", &quant_linear::quantize_flat, release());
+  m.def("quant_linear_quantize_rows", &quant_linear::quantize_rows, release());
+  m.def("quant_linear_fwd", &quant_linear::quant_linear_fwd, release());
+  m.def("quant_linear_dgrad", &quant_linear::quant_linear_dgrad, release());
 }

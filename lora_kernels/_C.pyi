@@ -36,3 +36,49 @@ def lora_linear_bwd(
     need_da: bool,
     need_db: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]: ...
+
+class QuantWeight:
+    repacked_bytes: int
+    def __init__(
+        self,
+        layout: str,
+        n: int,
+        k: int,
+        block: int,
+        nested_block: int,
+        factor: float,
+        parts: list[Tensor],
+    ) -> None: ...
+
+def quant_linear_engine(dtype: torch.dtype) -> str: ...
+def quant_linear_dequantize(
+    weight: QuantWeight, dtype: torch.dtype, out: Tensor | None
+) -> Tensor: ...
+def quant_linear_quantize_flat(
+    w: Tensor,
+    code: Tensor,
+    block: int,
+    nested_block: int,
+    nested_code: Tensor,
+    min_absmax: float,
+) -> list[Tensor]: ...
+def quant_linear_quantize_rows(w: Tensor) -> list[Tensor]: ...
+def quant_linear_fwd(
+    x: Tensor,
+    weight: QuantWeight,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]: ...
+def quant_linear_dgrad(
+    dy: Tensor,
+    weight: QuantWeight,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor: ...

@@ -1,0 +1,289 @@
+// Host entries of quant_linear on the CPU: checks, allocation, params, threads, kernels.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mean.h>
+#include <ATen/ops/sub.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <thread>
+
+#include "../cpu/isa.h"
+#include "../cpu/memory.h"
+#include "quant_linear_host.h"
+
+namespace lora_kernels::quant_linear {
+namespace {
+
+constexpr int64_t kMaxRows = 4096;                   // of X in one job: bounds its packed copy
+constexpr int64_t kKeptBytes = int64_t{64} << 20;    // of workspace that a thread keeps
+constexpr int64_t kStreamBytes = int64_t{1} << 20;   // results stored past the cache
+constexpr int64_t kThreadWork = int64_t{1} << 18;    // products worth a thread
+
+Dtype dtype_of(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return Dtype::kFloat32;
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    case at::kHalf:
+      return Dtype::kFloat16;
+    default:
+      TORCH_CHECK(false, "quant_linear (cpu): dtype ", type,
+                  " is not supported; accepted: float32, bfloat16, float16");
+  }
+}
+
+const Kernels& kernels_for(Dtype dtype) {
+  using cpu::Isa;
+  const Isa isa = cpu::active_isa();
+  const Kernels* kernels = nullptr;
+  if (isa >= Isa::kAmx) kernels = kernels_amx(dtype);
+  if (kernels == nullptr && isa >= Isa::kAvx512) kernels = kernels_avx512(dtype);
+  if (kernels == nullptr && isa >= Isa::kAvx2) kernels = kernels_avx2(dtype);
+  return kernels == nullptr ? *kernels_baseline(dtype) : *kernels;
+}
+
+at::Tensor rows_of(const at::Tensor& t) {
+  const bool rows = t.stride(1) == 1 && t.stride(0) >= t.size(1);
+  return rows ? t : t.contiguous();
+}
+int64_t row_stride(const at::Tensor& t) { return t.size(0) > 1 ? t.stride(0) : t.size(1); }
+
+// An adapter operand in fp32 or in the dtype of x.
+Adapter adapter(const std::optional<at::Tensor>& given, at::ScalarType dtype, int64_t rows,
+                int64_t columns, const char* name, std::vector<at::Tensor>& held) {
+  TORCH_CHECK(given->dim() == 2 && given->size(0) == rows && given->size(1) == columns,
+              "quant_linear (cpu): ", name, " is ", given->sizes(), "; accepted: [", rows, ", ",
+              columns, "]");
+  at::Tensor t = *given;
+  if (t.scalar_type() != dtype && t.scalar_type() != at::kFloat) t = t.to(at::kFloat);
+  held.push_back(rows_of(t));
+  return {held.back().const_data_ptr(), row_stride(held.back()), dtype_of(t.scalar_type())};
+}
+
+DropoutParams dropout_params(double dropout_p, const std::optional<at::Tensor>& seed) {
+  DropoutParams d;
+  if (dropout_p == 0.0 || !seed.has_value()) return d;
+  d.threshold = static_cast<uint32_t>(std::nearbyint(dropout_p * 65536.0));
+  const auto value = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
+  d.key[0] = static_cast<uint32_t>(value);
+  d.key[1] = static_cast<uint32_t>(value >> 32);
+  return d;
+}
+float keep_scale(const DropoutParams& d) {
+  return d.threshold >= 65536 ? 0.0f : 65536.0f / static_cast<float>(65536 - d.threshold);
+}
+
+int threads_for(int64_t work) {
+  if (work < kThreadWork || at::in_parallel_region()) return 1;
+  return static_cast<int>(std::min<int64_t>(at::get_num_threads(), work / (kThreadWork / 2)));
+}
+
+template <class Body>
+void run_threads(int threads, const Body& body) {
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) body(static_cast<int>(t));
+  });
+}
+
+// `light`: the work of all phases but the last.
+template <class Params>
+void run_job(const Job<Params>& job, const Params& p, int64_t light, int64_t work) {
+  const int64_t shared_bytes = (job.shared_bytes(p) + 63) / 64 * 64, own_bytes = job.own_bytes(p);
+  const bool kept = shared_bytes <= kKeptBytes;
+  const std::shared_ptr<void> block = kept ? nullptr : cpu::allocate(shared_bytes);
+  char* mine = static_cast<char*>(
+      cpu::thread_workspace(static_cast<size_t>(own_bytes + (kept ? shared_bytes : 0))));
+  void* shared = kept ? mine : block.get();
+  char* own_of_caller = mine + (kept ? shared_bytes : 0);
+  const std::thread::id caller = std::this_thread::get_id();
+  for (int phase = 0; phase < job.phases; ++phase) {
+    const int threads = threads_for(phase + 1 == job.phases ? work : light);
+    if (threads == 1) {
+      job.run(p, phase, 0, 1, shared, own_of_caller);
+      continue;
+    }
+    run_threads(threads, [&](int t) {
+      void* own = std::this_thread::get_id() == caller ? own_of_caller
+                                                       : cpu::thread_workspace(own_bytes);
+      job.run(p, phase, t, threads, shared, own);
+    });
+  }
+}
+
+}  // namespace
+
+std::string engine_name(at::ScalarType dtype) { return kernels_for(dtype_of(dtype)).name; }
+
+at::Tensor dequantize(const QuantWeight& weight, at::ScalarType dtype,
+                      const std::optional<at::Tensor>& out_given) {
+  const Weight& w = weight.weight;
+  const Kernels& kernels = kernels_for(dtype_of(dtype));
+  at::Tensor out = out_given.has_value() ? *out_given : at::empty({w.n, w.k}, dtype);
+  TORCH_CHECK(out.is_contiguous() && out.scalar_type() == dtype && out.numel() == w.n * w.k,
+              "dequantize (cpu): out is ", out.scalar_type(), " ", out.sizes(),
+              "; accepted: contiguous ", dtype, " of ", w.n * w.k, " elements");
+  const int64_t total = w.n * w.k;
+  const int64_t unit = w.layout == Layout::kFlat ? std::lcm(w.block, int64_t{64}) : w.k;
+  const int64_t units = (total + unit - 1) / unit;
+  const int threads = threads_for(total);
+  const bool stream = static_cast<int64_t>(out.nbytes()) >= kStreamBytes;
+  void* dst = out.mutable_data_ptr();
+  run_threads(threads, [&](int t) {
+    const int64_t begin = units * t / threads * unit, end = units * (t + 1) / threads * unit;
+    kernels.dequantize(w, dtype_of(dtype), dst, begin, std::min(end, total), stream);
+  });
+  return out;
+}
+
+std::vector<at::Tensor> quantize_flat(const at::Tensor& w_given, const at::Tensor& code,
+                                      int64_t block, int64_t nested_block,
+                                      const at::Tensor& nested_code, double min_absmax) {
+  const at::Tensor w = w_given.contiguous();
+  QuantizeFlatParams p{};
+  p.dtype = dtype_of(w.scalar_type());
+  p.w = w.const_data_ptr();
+  p.n = w.numel();
+  p.block = block;
+  p.min_absmax = static_cast<float>(min_absmax);
+  const float* value = code.const_data_ptr<float>();
+  int order[16];
+  std::iota(order, order + 16, 0);
+  std::stable_sort(order, order + 16, [&](int a, int b) { return value[a] < value[b]; });
+  for (int i = 0; i < 16; ++i) p.code[i] = static_cast<uint8_t>(order[i]);
+  for (int i = 0; i < 15; ++i) p.midpoint[i] = (value[order[i]] + value[order[i + 1]]) / 2.0f;
+  const int64_t blocks = (p.n + block - 1) / block;
+  const at::Tensor packed = at::empty({(p.n + 1) / 2}, at::kByte);
+  const at::Tensor absmax = at::empty({blocks}, at::kFloat);
+  p.codes = packed.mutable_data_ptr<uint8_t>();
+  p.absmax = absmax.mutable_data_ptr<float>();
+  const Kernels& kernels = kernels_for(p.dtype);
+  const int threads = threads_for(p.n);
+  run_threads(threads, [&](int t) {
+    kernels.quantize_flat(p, blocks * t / threads, blocks * (t + 1) / threads);
+  });
+  if (nested_block == 0) return {packed, absmax};
+
+  const at::Tensor offset = absmax.mean(), centred = at::sub(absmax, offset);
+  const float *map = nested_code.const_data_ptr<float>(), *v = centred.const_data_ptr<float>();
+  float middle[255];
+  for (int i = 0; i < 255; ++i) middle[i] = (map[i] + map[i + 1]) / 2.0f;
+  const int64_t outer = (blocks + nested_block - 1) / nested_block;
+  const at::Tensor codes = at::empty({blocks}, at::kByte);
+  const at::Tensor nested = at::empty({outer}, at::kFloat);
+  auto* to = codes.mutable_data_ptr<uint8_t>();
+  auto* scale = nested.mutable_data_ptr<float>();
+  at::parallel_for(0, outer, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t first = b * nested_block, last = std::min(blocks, first + nested_block);
+      float largest = 0.0f;
+      for (int64_t i = first; i < last; ++i) largest = std::max(largest, std::fabs(v[i]));
+      scale[b] = largest;
+      const float inverse = 1.0f / std::max(largest, p.min_absmax);
+      for (int64_t i = first; i < last; ++i) {
+        to[i] = static_cast<uint8_t>(std::lower_bound(middle, middle + 255, v[i] * inverse) -
+                                     middle);
+      }
+    }
+  });
+  return {packed, codes, nested, offset};
+}
+
+std::vector<at::Tensor> quantize_rows(const at::Tensor& w_given) {
+  const at::Tensor w = w_given.contiguous();
+  TORCH_CHECK(w.dim() == 2, "quantize (cpu): w has ", w.dim(), " dimensions; accepted: 2");
+  const at::Tensor packed = at::empty({w.size(0), w.size(1)}, at::kChar);
+  const at::Tensor scale = at::empty({w.size(0)}, at::kFloat);
+  const QuantizeRowsParams p{dtype_of(w.scalar_type()), w.const_data_ptr(), w.size(0), w.size(1),
+                             packed.mutable_data_ptr<int8_t>(), scale.mutable_data_ptr<float>()};
+  const Kernels& kernels = kernels_for(p.dtype);
+  const int threads = threads_for(p.n * p.k);
+  run_threads(threads, [&](int t) {
+    kernels.quantize_rows(p, p.n * t / threads, p.n * (t + 1) / threads);
+  });
+  return {packed, scale};
+}
+
+std::tuple<at::Tensor, at::Tensor> quant_linear_fwd(
+    const at::Tensor& x_given, const QuantWeight& weight, const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& lora_a, const std::optional<at::Tensor>& lora_b,
+    double scaling, double dropout_p, const std::optional<at::Tensor>& seed) {
+  const Weight& w = weight.weight;
+  TORCH_CHECK(x_given.dim() == 2 && x_given.size(1) == w.k, "quant_linear (cpu): x is ",
+              x_given.sizes(), "; accepted: [M, ", w.k, "]");
+  const at::Tensor x = rows_of(x_given);
+  const at::ScalarType type = x.scalar_type();
+  std::vector<at::Tensor> held;
+  FwdParams p{};
+  p.weight = &w;
+  p.dtype = dtype_of(type);
+  p.ldx = row_stride(x);
+  if (bias.has_value()) {
+    held.push_back(bias->to(at::kFloat).contiguous());
+    p.bias = held.back().const_data_ptr<float>();
+  }
+  if (lora_a.has_value() && lora_b.has_value()) {
+    p.rank = lora_a->size(0);
+    p.a = adapter(lora_a, type, p.rank, w.k, "lora_a", held);
+    p.b = adapter(lora_b, type, w.n, p.rank, "lora_b", held);
+    p.scaling = static_cast<float>(scaling);
+    p.dropout = dropout_params(dropout_p, seed);
+  }
+  p.keep_scale = keep_scale(p.dropout);
+  const int64_t m = x.size(0);
+  const at::Tensor y = at::empty({m, w.n}, x.options()), s = at::empty({m, p.rank}, x.options());
+  p.ldy = w.n;
+  p.lds = p.rank;
+  const Kernels& kernels = kernels_for(p.dtype);
+  const auto size = static_cast<int64_t>(x.element_size());
+  for (int64_t row = 0; row < m; row += kMaxRows) {
+    p.row0 = row;
+    p.m = std::min(kMaxRows, m - row);
+    p.x = static_cast<const char*>(x.const_data_ptr()) + row * p.ldx * size;
+    p.y = static_cast<char*>(y.mutable_data_ptr()) + row * p.ldy * size;
+    p.s = static_cast<char*>(s.mutable_data_ptr()) + row * p.lds * size;
+    run_job(kernels.fwd, p, p.m * w.k + p.rank * (w.n + (p.m + 1) * w.k), p.m * w.k * w.n);
+  }
+  return {y, s};
+}
+
+at::Tensor quant_linear_dgrad(const at::Tensor& dy_given, const QuantWeight& weight,
+                              const std::optional<at::Tensor>& lora_a,
+                              const std::optional<at::Tensor>& lora_b, double scaling,
+                              double dropout_p, const std::optional<at::Tensor>& seed) {
+  const Weight& w = weight.weight;
+  TORCH_CHECK(dy_given.dim() == 2 && dy_given.size(1) == w.n, "quant_linear (cpu): dy is ",
+              dy_given.sizes(), "; accepted: [M, ", w.n, "]");
+  const at::Tensor dy = rows_of(dy_given);
+  const at::ScalarType type = dy.scalar_type();
+  std::vector<at::Tensor> held;
+  DgradParams p{};
+  p.weight = &w;
+  p.dtype = dtype_of(type);
+  p.lddy = row_stride(dy);
+  if (lora_a.has_value() && lora_b.has_value()) {
+    p.rank = lora_a->size(0);
+    p.a = adapter(lora_a, type, p.rank, w.k, "lora_a", held);
+    p.b = adapter(lora_b, type, w.n, p.rank, "lora_b", held);
+    p.scaling = static_cast<float>(scaling);
+    p.dropout = dropout_params(dropout_p, seed);
+  }
+  p.keep_scale = keep_scale(p.dropout);
+  const int64_t m = dy.size(0);
+  const at::Tensor dx = at::empty({m, w.k}, dy.options());
+  p.lddx = w.k;
+  const Kernels& kernels = kernels_for(p.dtype);
+  const auto size = static_cast<int64_t>(dy.element_size());
+  for (int64_t row = 0; row < m; row += kMaxRows) {
+    p.row0 = row;
+    p.m = std::min(kMaxRows, m - row);
+    p.dy = static_cast<const char*>(dy.const_data_ptr()) + row * p.lddy * size;
+    p.dx = static_cast<char*>(dx.mutable_data_ptr()) + row * p.lddx * size;
+    run_job(kernels.dgrad, p, p.m * w.n + p.rank * (w.n + w.k + p.m * w.n), p.m * w.k * w.n);
+  }
+  return dx;
+}
+
+}  // namespace lora_kernels::quant_linear
