@@ -17,6 +17,10 @@ TYPICAL: dict[str, dict[str, dict[str, Any]]] = {
         dtype: {"M": 2048, "K": 2048, "N": 2048, "rank": 16, "nested": True, "dtype": dtype}
         for dtype in ("float32", "bfloat16")
     },
+    "dora_linear": {
+        dtype: {"M": 2048, "K": 2048, "N": 2048, "rank": 16, "dtype": dtype}
+        for dtype in ("float32", "bfloat16")
+    },
 }
 
 
@@ -50,7 +54,15 @@ def _quant_linear(backend: str) -> None:
             check_quant_linear(inputs, backend)
 
 
+def _dora_linear(backend: str) -> None:
+    from lora_kernels.testing import check_dora_linear, dora_linear_inputs
+
+    for dtype, dropout_p in ((torch.float32, 0.25), (torch.bfloat16, 0.0)):
+        check_dora_linear(dora_linear_inputs(70, 96, 81, 5, dtype, dropout_p=dropout_p), backend)
+
+
 _CHECKS: dict[str, Callable[[str], None]] = {
+    "dora_linear": _dora_linear,
     "lora_linear": _lora_linear,
     "quant_linear": _quant_linear,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lora_kernels.errors import InvalidArgumentError
 from lora_kernels.ops._spec import OpSpec
+from lora_kernels.ops.dora_linear import problem as dora_linear
 from lora_kernels.ops.lora_linear import problem as lora_linear
 from lora_kernels.ops.quant_linear import problem as quant_linear
 
@@ -32,6 +33,17 @@ OPS: tuple[OpSpec, ...] = (
         choose=quant_linear.choose,
         flops=quant_linear.flops,
         min_bytes=quant_linear.min_bytes,
+        deterministic="bitwise from run to run, at a fixed number of threads",
+    ),
+    OpSpec(
+        name="dora_linear",
+        backends=dora_linear.BACKENDS,
+        schemas=("lora_kernels::dora_linear_fwd", "lora_kernels::dora_linear_bwd"),
+        problem=dora_linear.DoraLinearProblem.from_shapes,
+        supports=dora_linear.supports,
+        choose=dora_linear.choose,
+        flops=dora_linear.flops,
+        min_bytes=dora_linear.min_bytes,
         deterministic="bitwise from run to run, at a fixed number of threads",
     ),
 )

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from lora_kernels.testing.budget import BudgetExceededError, Margin, assert_within_budget
 from lora_kernels.testing.check import check_lora_linear, compare, lora_linear_op
+from lora_kernels.testing.dora_linear import (
+    DoraLinearInputs,
+    check_dora_linear,
+    dora_linear_inputs,
+    dora_linear_op,
+    dora_linear_results,
+)
 from lora_kernels.testing.inputs import LAYOUTS, LoraLinearInputs, lora_linear_inputs, relayout
 from lora_kernels.testing.oracle import LoraLinearResults, lora_linear_results, yardstick
 from lora_kernels.testing.poison import poisoned_empty
@@ -17,14 +24,19 @@ from lora_kernels.testing.quant_linear import (
 __all__ = [
     "LAYOUTS",
     "BudgetExceededError",
+    "DoraLinearInputs",
     "LoraLinearInputs",
     "LoraLinearResults",
     "Margin",
     "QuantLinearInputs",
     "assert_within_budget",
+    "check_dora_linear",
     "check_lora_linear",
     "check_quant_linear",
     "compare",
+    "dora_linear_inputs",
+    "dora_linear_op",
+    "dora_linear_results",
     "lora_linear_inputs",
     "lora_linear_op",
     "lora_linear_results",

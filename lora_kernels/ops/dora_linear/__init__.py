@@ -1,0 +1,4 @@
+from lora_kernels.ops.dora_linear.api import dora_linear
+from lora_kernels.ops.dora_linear.row_norm import row_norm
+
+__all__ = ["dora_linear", "row_norm"]
