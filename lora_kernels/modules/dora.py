@@ -1,13 +1,6 @@
-"""DoRA over the fused op: rows of the adapted weight rescaled to a learned magnitude.
+"""DoRA in a LoRALinear: rows of the adapted weight rescaled to a learned magnitude.
 
-With V = W + s B A, c = m / |V| (row norms, taken as a constant) and D the dropped input,
-
-    y = x W^T + bias + (c - 1) D W^T + c s D A^T B^T
-      = (x - D) W^T + bias + c (D W^T + s D A^T B^T)
-
-which is bias + c (x V^T) without dropout. m gets its gradient through c, A and B through the
-second term. Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation"
-(arXiv 2402.09353), section 4.3 for the constant norm.
+The forward is :func:`lora_kernels.ops.dora_linear`; here is what merging and a new adapter need.
 """
 
 from __future__ import annotations
@@ -16,10 +9,9 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lora_kernels.ops import lora_linear
+from lora_kernels.ops import dora_linear
 
 if TYPE_CHECKING:
     from lora_kernels.modules.lora_linear import LoRALinear
@@ -51,14 +43,14 @@ def magnitude_ratio(layer: LoRALinear) -> Tensor:
 
 def forward(layer: LoRALinear, x: Tensor) -> Tensor:
     """The layer's output ``[..., N]``; x ``[..., K]``."""
-    ratio = magnitude_ratio(layer)
-    drops = layer.training and layer.dropout > 0.0
-    kept = F.dropout(x, layer.dropout) if drops else x
-    y = lora_linear(kept, layer.weight, layer.lora_A, layer.lora_B, layer.scaling)
-    # ratio stays in fp32: one rounding of the product, and an fp32 gradient for the magnitude.
-    scaled = y * ratio
-    if drops:
-        scaled = scaled + F.linear(x - kept, layer.weight)
-    if layer.bias is not None:
-        scaled = scaled + layer.bias
-    return scaled.to(y.dtype)
+    assert layer.lora_magnitude_vector is not None
+    return dora_linear(
+        x,
+        layer.weight,
+        layer.lora_A,
+        layer.lora_B,
+        layer.lora_magnitude_vector,
+        layer.scaling,
+        bias=layer.bias,
+        dropout_p=layer.dropout if layer.training else 0.0,
+    )
