@@ -25,6 +25,8 @@ _PUBLIC = {
     "env": "lora_kernels.environment",
     "explain": "lora_kernels.ops",
     "QuantTensor": "lora_kernels.ops.quant_linear",
+    "QuantLinear": "lora_kernels.modules.quant_linear",
+    "QuantLoRALinear": "lora_kernels.modules.quant_lora_linear",
     "load_quantized": "lora_kernels.modules.quant_checkpoint",
     "save_quantized": "lora_kernels.modules.quant_checkpoint",
 }
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
     from lora_kernels.modules.merge import unmerge as unmerge
     from lora_kernels.modules.quant_checkpoint import load_quantized as load_quantized
     from lora_kernels.modules.quant_checkpoint import save_quantized as save_quantized
+    from lora_kernels.modules.quant_linear import QuantLinear as QuantLinear
+    from lora_kernels.modules.quant_lora_linear import QuantLoRALinear as QuantLoRALinear
     from lora_kernels.modules.replace import replace_modules as replace_modules
     from lora_kernels.ops import explain as explain
     from lora_kernels.ops.quant_linear import QuantTensor as QuantTensor

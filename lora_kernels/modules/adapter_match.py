@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_kernels.errors import AdapterFileError, InvalidArgumentError
 from lora_kernels.modules.adapter_config import AdapterConfig
 from lora_kernels.modules.adapter_tensors import AdapterTensors
-from lora_kernels.modules.eligibility import obstacle
+from lora_kernels.modules.eligibility import obstacle, weight_shape
 from lora_kernels.modules.lora_linear import LoRALinear
 from lora_kernels.modules.traversal import (
     adapter_parameters,
@@ -91,11 +91,12 @@ def _match_layer(
             kind = "on the meta device" if parameter.is_meta else "sharded"
             _reject(path, f"layer {name!r} of the model is {kind}; load before that or after")
     r, k, n = factors["lora_A"].shape[0], factors["lora_A"].shape[1], factors["lora_B"].shape[0]
-    if (n, k) != tuple(module.weight.shape):
+    out_features, in_features = weight_shape(module)
+    if (n, k) != (out_features, in_features):
         _reject(
             path,
             f"layer {name!r} of the file maps {k} to {n} features, the model's "
-            f"{module.weight.shape[1]} to {module.weight.shape[0]}; it is for another model",
+            f"{in_features} to {out_features}; it is for another model",
         )
     if r != config.rank_of(name):
         _reject(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.errors import InvalidArgumentError
+from lora_kernels.modules.quant_linear import QuantLinear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DTYPE_NAMES = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
@@ -20,14 +21,17 @@ _HOOKS = (
 
 
 def obstacle(module: nn.Module) -> str:
-    """Why `module` cannot become a LoRALinear; empty when it can."""
-    if type(module) is not nn.Linear:
+    """Why `module` cannot become a LoRALinear (QuantLoRALinear, if it is quantized); or empty."""
+    if type(module) not in (nn.Linear, QuantLinear):
         name = f"{type(module).__module__}.{type(module).__qualname__}"
-        return f"its type is {name}; accepted: exactly torch.nn.Linear"
+        return f"its type is {name}; accepted: exactly torch.nn.Linear or QuantLinear"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
     if any(getattr(module, name, None) for name in _HOOKS):
         return "it has hooks, which the new layer would not run"
+    if type(module) is QuantLinear:
+        sharded = type(module.weight.data) is not Tensor
+        return "its weight is a shard; accepted: the whole matrix" if sharded else ""
     weight = module._parameters.get("weight")
     if weight is None or type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
         kind = type(vars(module).get("weight", weight)).__name__
@@ -37,6 +41,14 @@ def obstacle(module: nn.Module) -> str:
     if weight.dtype not in DTYPES:
         return f"its weight is {weight.dtype}; accepted: {_DTYPE_NAMES}"
     return ""
+
+
+def weight_shape(linear: nn.Linear) -> tuple[int, int]:
+    """(out_features, in_features) of the matrix that is there, packed or not."""
+    if isinstance(linear, QuantLinear):
+        return linear.out_features, linear.in_features
+    n, k = linear.weight.shape
+    return n, k
 
 
 def check_hyperparameters(r: object, alpha: object, dropout: object) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from lora_kernels.modules.lora_linear import LoRALinear
+from lora_kernels.modules.quant_linear import QuantLinear
 
 
 def disable_where_adapted(model: nn.Module) -> None:
@@ -22,4 +23,4 @@ def disable_where_adapted(model: nn.Module) -> None:
 
 
 def _adapted(module: nn.Module) -> bool:
-    return any(isinstance(child, LoRALinear) for child in module.modules())
+    return any(isinstance(child, (LoRALinear, QuantLinear)) for child in module.modules())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,17 @@ import torch
 from torch import nn
 
 from lora_kernels.errors import InvalidArgumentError
-from lora_kernels.modules.eligibility import check_dtype, check_hyperparameters, obstacle
+from lora_kernels.modules.eligibility import (
+    check_dtype,
+    check_hyperparameters,
+    obstacle,
+    weight_shape,
+)
 from lora_kernels.modules.encoder_fast_path import disable_where_adapted
 from lora_kernels.modules.lora_linear import LoRALinear
+from lora_kernels.modules.quant_linear import QuantLinear
+from lora_kernels.modules.quant_lora_linear import QuantLoRALinear
+from lora_kernels.modules.quant_options import QuantOptions, quant_options
 from lora_kernels.modules.report import FUSED, STOCK, LayerReport, Report
 from lora_kernels.modules.targets import (
     ALL_LINEAR,
@@ -41,7 +49,7 @@ def replace_modules(
     alpha: float = 32,
     targets: str | Sequence[str] = ALL_LINEAR,
     dropout: float = 0.0,
-    quant: None = None,
+    quant: str | QuantOptions | None = None,
     *,
     rslora: bool = False,
     dora: bool = False,
@@ -57,14 +65,19 @@ def replace_modules(
         targets: ``"all-linear"``: every linear layer except the output head of a model that has
             one (output embeddings, or the classification head ``score`` or ``classifier``); a list
             of module names or their endings; or a regular expression for the whole name.
-        quant: None; quantized weights are not supported.
+        quant: quantize the weights of the layers on the way (QLoRA): a format name of
+            :func:`lora_kernels.ops.quantize` (``"nf4"``, ``"int8"``, ...) or an object with its
+            options (:class:`lora_kernels.QuantConfig`). The layers become
+            :class:`QuantLoRALinear`, on the device where they are; the dense weights are freed as
+            nothing else holds them. Layers that are quantized already keep their format.
+            Layers that the model asks to keep in fp32 are left alone.
         exclude: names or a regular expression of layers to leave alone, as `targets`.
         modules_to_save: names or endings of modules that stay trainable as they are (a new
             classification head, say). :func:`save_adapter` writes them with the adapter.
 
     Returns:
         A report with every linear layer: ``fused``, or ``stock`` with the reason. Only layers
-        whose type is exactly torch.nn.Linear are replaced.
+        whose type is exactly torch.nn.Linear or QuantLinear are replaced.
 
     A layer that is reached under several names is replaced under all of them. On an error the
     model is as it was.
@@ -73,24 +86,33 @@ def replace_modules(
         InvalidArgumentError: an argument that cannot be used, a PEFT model, or no layer to replace.
         BackendUnavailableError: ``LORA_KERNELS_BACKEND`` names a backend that cannot run here.
     """
-    if quant is not None:
-        raise InvalidArgumentError(f"quant={quant!r}; accepted: None (no quantized weights)")
+    options_of_quant = quant_options(quant)
+    if quant is not None and dora:
+        raise InvalidArgumentError("dora=True; a quantized layer takes plain adapters only")
     check_hyperparameters(r, alpha, dropout)
     check_dtype(adapter_dtype, "adapter_dtype")
     model = unwrap(model)
     refuse_peft(model, "lora_kernels.apply(model)")
     saved = find_saved_modules(model, modules_to_save)
-    plan = _plan(model, targets, exclude, saved)
-    report = Report([_entry(name, choice, r) for name, choice in plan.items()])
+    kept = getattr(model, "_keep_in_fp32_modules", None) or () if quant is not None else ()
+    plan = _plan(model, targets, exclude, saved, kept)
     options = {
         "r": r, "alpha": alpha, "dropout": dropout, "rslora": rslora, "dora": dora,
         "adapter_dtype": adapter_dtype,
     }  # fmt: skip
-    chosen = [c.module for c in plan.values() if not c.reason]
-    install(
-        model, {m: options for m in chosen if type(m) is nn.Linear}, trainable=list(saved.values())
+    chosen = {n: c.module for n, c in plan.items() if not c.reason}
+    if dora and any(isinstance(m, QuantLinear) for m in chosen.values()):
+        raise InvalidArgumentError("dora=True; a quantized layer takes plain adapters only")
+    check_backends(m for m in chosen.values() if isinstance(m, nn.Linear))
+    names = {id(m): name for name, m in chosen.items()}
+    made = install(
+        model,
+        {m: options for m in chosen.values() if type(m) in (nn.Linear, QuantLinear)},  # type: ignore[misc]
+        trainable=list(saved.values()),
+        quant=options_of_quant,
+        names=names,
     )
-    return report
+    return Report([_entry(name, c, made.get(c.module), r) for name, c in plan.items()])  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True)
@@ -124,6 +146,7 @@ def _plan(
     targets: str | Sequence[str],
     exclude: str | Sequence[str],
     saved: dict[str, nn.Module],
+    in_fp32: Collection[str] = (),
 ) -> dict[str, _Choice]:
     """First name -> what to do with it, for every linear layer and every match."""
     everything = is_all_linear(targets)
@@ -151,6 +174,8 @@ def _plan(
             reason = "not in targets"
         elif any(excluded(name) for name in names[key]):
             reason = "in exclude"
+        elif any(part in in_fp32 for name in names[key] for part in name.split(".")):
+            reason = "the model keeps it in fp32, so it is not quantized"
         elif isinstance(module, LoRALinear):
             reason, usable = "", usable + 1
         else:
@@ -179,37 +204,53 @@ def _raise_nothing_to_replace(targets: object, plan: dict[str, _Choice]) -> None
     )
 
 
-def _entry(name: str, choice: _Choice, r: int) -> LayerReport:
+def _entry(name: str, choice: _Choice, made: LoRALinear | None, r: int) -> LayerReport:
     if choice.reason:
         return LayerReport(name, STOCK, choice.reason)
     assert isinstance(choice.module, nn.Linear)
     present = isinstance(choice.module, LoRALinear)
     reason = "already a LoRALinear, left as it was" if present else ""
-    return LayerReport(name, FUSED, reason, backend_for(choice.module, r))
+    return LayerReport(name, FUSED, reason, backend_for(made or choice.module, r))
+
+
+def check_backends(linears: Iterable[nn.Linear]) -> None:
+    """Raise BackendUnavailableError while the model still is as it was."""
+    for linear in linears:
+        backend_for(linear, 1)
 
 
 def backend_for(linear: nn.Linear, r: int) -> str:
     """The backend that would run this layer on a batch of usual size."""
-    weight = linear.weight
-    n, k = weight.shape
-    return explain(
-        "lora_linear", M=_NOMINAL_ROWS, K=k, N=n, rank=r, dtype=weight.dtype,
-        device=weight.device.type,
-    )["backend"]  # fmt: skip
+    n, k = weight_shape(linear)
+    shapes: dict[str, Any] = {"M": _NOMINAL_ROWS, "K": k, "N": n, "rank": r}
+    shapes["device"] = linear.weight.device.type
+    if isinstance(linear, QuantLinear):
+        s = linear.spec
+        shapes |= {
+            "format": s.format, "layout": s.layout, "block_size": s.block_size,
+            "nested": s.nested_block_size > 0, "act_order": s.act_order, "dtype": s.dtype,
+        }  # fmt: skip
+        return explain("quant_linear", **shapes)["backend"]
+    return explain("lora_linear", dtype=linear.weight.dtype, **shapes)["backend"]
 
 
 def install(
-    model: nn.Module, adapters: dict[nn.Linear, dict[str, Any]], trainable: list[nn.Module]
+    model: nn.Module,
+    adapters: dict[nn.Linear, dict[str, Any]],
+    trainable: list[nn.Module],
+    quant: dict[str, Any] | None = None,
+    names: dict[int, str] | None = None,
 ) -> dict[nn.Linear, LoRALinear]:
     """Put a LoRALinear in the place of each key, built with its keywords; freeze the rest.
 
+    `quant` are the keywords of :meth:`QuantLinear.from_linear`; None leaves weights as they are.
     The `trainable` modules get requires_grad, as do those of earlier calls. Nothing has changed
     when this raises.
     """
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
         made = {
-            linear: LoRALinear.from_linear(linear, **options)
+            linear: adapted(linear, options, quant, (names or {}).get(id(linear)))
             for linear, options in adapters.items()
         }
     except BaseException:
@@ -225,6 +266,20 @@ def install(
         module.saved_with_adapter = True  # type: ignore[assignment]
     _freeze_all_but_adapters(model)
     return made
+
+
+def adapted(
+    linear: nn.Linear, options: dict[str, Any], quant: dict[str, Any] | None, name: str | None
+) -> LoRALinear:
+    """`linear` with a new adapter, its weight quantized if it is to be or already is."""
+    if quant is not None and not isinstance(linear, QuantLinear):
+        linear = QuantLinear.from_linear(linear, name=f"{name}.weight" if name else None, **quant)
+    if isinstance(linear, QuantLinear):
+        plain = {key: value for key, value in options.items() if key != "dora"}
+        if options.get("dora"):
+            raise InvalidArgumentError("dora=True; a quantized layer takes plain adapters only")
+        return QuantLoRALinear.from_quant_linear(linear, **plain)
+    return LoRALinear.from_linear(linear, **options)
 
 
 def _freeze_all_but_adapters(model: nn.Module) -> None:

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -97,6 +97,8 @@ class QuantSpec:
     nested_block_size: int = 0
     act_order: bool = False
     storage: torch.dtype = torch.uint8
+    # One line of text that from_key turns back; what the registered ops carry.
+    key: str = field(init=False, repr=False, compare=False)
 
     @property
     def numel(self) -> int:
@@ -125,19 +127,13 @@ class QuantSpec:
     def with_dtype(self, dtype: torch.dtype) -> QuantSpec:
         return replace(self, dtype=dtype)
 
-    @functools.cached_property
-    def key(self) -> str:
-        """One line of text that :func:`from_key` turns back; what the registered ops carry."""
+    def __post_init__(self) -> None:
         shape = "x".join(map(str, self.shape))
-        return "/".join(
-            map(
-                str,
-                (
-                    self.format, self.layout, shape, _name(self.dtype), self.block_size,
-                    self.nested_block_size, int(self.act_order), _name(self.storage),
-                ),
-            )
+        fields = (
+            self.format, self.layout, shape, _name(self.dtype), self.block_size,
+            self.nested_block_size, int(self.act_order), _name(self.storage),
         )  # fmt: skip
+        object.__setattr__(self, "key", "/".join(map(str, fields)))
 
 
 def _name(dtype: torch.dtype) -> str:
