@@ -8,10 +8,12 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
+# gpu-check builds nothing: the Python that was asked for, else that of .venv where there is one.
+GPU_PYTHON = $(if $(filter command% environment%,$(origin PYTHON)),$(PYTHON),$(firstword $(wildcard $(BIN)/python) $(PYTHON)))
 STAMPS := $(VENV)/stamps
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help setup demo test test-all lint format bench peft-suite clean
+.PHONY: help setup demo test test-all lint format bench gpu-check tune peft-suite clean
 
 help:
 	@echo "make demo        fine-tune a BERT encoder on BBC news; results in runs/demo"
@@ -20,6 +22,8 @@ help:
 	@echo "make lint        ruff and mypy"
 	@echo "make format      let ruff rewrite the files"
 	@echo "make bench       benchmark of lora_linear on the CPU"
+	@echo "make gpu-check   GPU kernels: tests, sanitizer, benchmark (PYTHON=, PART=tests|sanitize|bench)"
+	@echo "make tune        tiles and choice of backend for the GPU at hand (PYTHON=)"
 	@echo "make peft-suite  PEFT's own tests, stock and fused"
 	@echo "make clean       remove .venv and everything built"
 
@@ -67,6 +71,14 @@ format: $(STAMPS)/packages
 
 bench: setup
 	$(BIN)/python -m benchmarks.run --op lora_linear --device cpu
+
+# The tool exits with 3 where there is no GPU.
+gpu-check:
+	@$(GPU_PYTHON) -m tools.gpu_check $(if $(PART),--part $(PART)) \
+	  $(if $(RESULTS),--results $(RESULTS)) $(if $(COMMIT),--commit $(COMMIT))
+
+tune:
+	@$(GPU_PYTHON) -m benchmarks.tune --op lora_linear
 
 peft-suite: setup
 	PATH="$(abspath $(BIN)):$$PATH" tools/run_peft_suite.sh

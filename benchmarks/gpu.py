@@ -50,6 +50,10 @@ COPY_BYTES = 1 << 31
 GEMM_SIZE = 8192
 
 
+def processors() -> int:
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+
+
 def device_clock() -> DeviceClock:
     """Events on the current stream; the cold start overwrites a buffer larger than the cache."""
     buffer = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
@@ -151,7 +155,8 @@ class DeviceLostError(RuntimeError):
     """A provider left the device unusable: nothing after it can be judged."""
 
 
-def _still_there(name: str) -> None:
+def still_there(name: str) -> None:
+    """Raises DeviceLostError when the device no longer answers after `name` ran."""
     if torch.cuda.is_available():
         try:
             torch.cuda.synchronize()
@@ -177,7 +182,7 @@ def usable(
         except Exception as error:  # also what another project's code may raise
             text = str(error).splitlines() or [""]
             reasons[name] = f"FAILED: {type(error).__name__}: {text[0]}"
-            _still_there(name)
+            still_there(name)
     announce("", case)
     return passed, reasons
 

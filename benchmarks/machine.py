@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import os
 import shlex
 import subprocess
@@ -16,7 +17,7 @@ from benchmarks.peers import UnavailableError
 from lora_kernels.ops import _ledger
 
 ISA_FLAGS = ("amx_bf16", "amx_int8", "amx_fp16", "avx512_bf16", "avx512f", "avx2")
-OUTPUTS = ("--json", "--png", "--results", "--commit")
+OUTPUTS = ("--json", "--png", "--results", "--commit", "--out")
 
 
 def _cpuinfo(field: str) -> str:
@@ -79,6 +80,13 @@ def gpu(index: int = 0) -> dict[str, Any]:
         "l2_bytes": int(getattr(found, "L2_cache_size", 0)),
         "runtime": torch.version.cuda or torch.version.hip,
     }
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def describe(

@@ -43,21 +43,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def version(package: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as of
-
-    try:
-        return of(package)
-    except PackageNotFoundError:
-        return None
-
-
 def head(argv: list[str], device: dict[str, Any], commit: str) -> dict[str, Any]:
     """The record before anything ran."""
     described = machine.describe("tools.gpu_check", argv, device, commit)
     return {
-        "schema": records.SCHEMA, "op": "gpu_check", **described, "triton": version("triton"),
+        "schema": records.SCHEMA, "op": "gpu_check", **described,
+        "triton": machine.version("triton"),
         "digests": _ledger.digests_here("lora_linear"),
         "parts": {}, "kernels": {}, "ceilings": None, "rows": [],
     }  # fmt: skip
