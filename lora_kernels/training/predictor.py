@@ -64,8 +64,10 @@ class Predictor:
         """
         import torch
 
+        from lora_kernels.training.quiet import quiet_libraries
+
         device = self.model.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.autocast):
+        with quiet_libraries(), torch.autocast(device, torch.bfloat16, enabled=self.autocast):
             return self.task.predict(self.model, self.tokenizer, inputs)
 
 

@@ -56,7 +56,7 @@ class LoRATrainer(CheckpointedTrainer):
 
     @property
     def seen(self) -> tuple[int, int]:
-        """Examples and tokens (padding left out) of the training so far, on this process."""
+        """Rows and tokens of the training so far, on this process; what a mask hides is left out."""
         return self._examples, int(self._tokens)
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
