@@ -1,8 +1,10 @@
 """Put the newest results into the README.
 
     python -m benchmarks.readme_table [--op lora_linear] [--record FILE] [--readme README.md]
+    python -m benchmarks.readme_table --device cuda
 
-fills the region between the benchmark markers and leaves the rest of the file alone.
+fills the region between the benchmark markers (of the CPU, or of GPUs) and leaves the rest of the
+file alone. Without a record of gpu-check the region of GPUs says that there is none.
 """
 
 from __future__ import annotations
@@ -13,11 +15,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import record
+from benchmarks import gpu_report, record
 from benchmarks.providers import BASELINE, LABELS
 from benchmarks.report import MODES, subtitle
 
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
+GPU_BEGIN, GPU_END = "<!-- gpu-benchmark:begin -->", "<!-- gpu-benchmark:end -->"
+NO_GPU_RESULTS = (
+    "No GPU results are recorded yet: the GPU kernels were compiled, emulated and interpreted, but "
+    "have not run on a GPU. `auto` therefore uses `aten` there."
+)
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -58,12 +65,44 @@ def tables(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def fill(text: str, content: str) -> str:
+def gpu_tables(path: Path | None) -> tuple[str, str]:
+    """(content, where it comes from): of the record, else of the newest one of each device."""
+    paths = [path] if path else newest_per_device()
+    results = [json.loads(p.read_text()) for p in paths]
+    # A kernel that failed its checks has no place in a table.
+    parts = []
+    for result in results:
+        passed = {b for b, k in result["kernels"].items() if k["verdict"] == "passed"}
+        judged = set(result["kernels"])
+        rows = [
+            r
+            for r in result["rows"]
+            if (base := r["provider"].removesuffix("-fp32")) not in judged or base in passed
+        ]
+        if any(not r["skipped"] for r in rows):
+            parts.append(gpu_report.readme({**result, "rows": rows}))
+    if not parts:
+        return NO_GPU_RESULTS, "no record"
+    return "\n\n".join(parts), ", ".join(str(p) for p in paths)
+
+
+def newest_per_device() -> list[Path]:
+    """Of the records of gpu-check."""
+    newest: dict[str, tuple[str, Path]] = {}
+    for path in sorted(record.RESULTS.rglob("*.json")):
+        result = json.loads(path.read_text())
+        if result.get("op") == "gpu_check":
+            name = result["device"]["name"]
+            newest[name] = max(newest.get(name, ("", path)), (result["date"], path))
+    return [path for _, path in newest.values()]
+
+
+def fill(text: str, content: str, begin: str = BEGIN, end: str = END) -> str:
     """`text` with the marked region replaced; ValueError when the markers are not there once."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
-        raise ValueError(f"the file needs one {BEGIN} and, below it, one {END}")
-    head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n{content}\n{END}{rest.split(END)[1]}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
+        raise ValueError(f"the file needs one {begin} and, below it, one {end}")
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{content}\n{end}{rest.split(end)[1]}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,16 +110,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--op", default="lora_linear")
     parser.add_argument("--record", type=Path, help="default: the newest of the op")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options = parser.parse_args(argv)
     try:
-        path = options.record or record.newest(options.op)
-        content = tables(json.loads(path.read_text()))
-        text = fill(options.readme.read_text(), content)
+        if options.device == "cuda":
+            content, source = gpu_tables(options.record)
+            text = fill(options.readme.read_text(), content, GPU_BEGIN, GPU_END)
+        else:
+            path = options.record or record.newest(options.op)
+            content, source = tables(json.loads(path.read_text())), str(path)
+            text = fill(options.readme.read_text(), content)
+    except KeyError as error:
+        print(f"readme_table: {error.args[0]} is missing in the record", file=sys.stderr)
+        return 2
     except (OSError, ValueError) as error:
         print(f"readme_table: {error}", file=sys.stderr)
         return 2
     record.write_atomically(options.readme, text.encode())
-    print(f"{options.readme}: filled from {path}")
+    print(f"{options.readme}: filled from {source}")
     return 0
 
 

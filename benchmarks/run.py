@@ -3,14 +3,17 @@
     python -m benchmarks.run --op lora_linear --device cpu [--shapes "M,K,N;..."]
         [--dtype bf16,fp32] [--rank 16] [--modes fwd,fwdbwd] [--providers ...]
         [--json OUT] [--png OUT]
+    python -m benchmarks.run --op lora_linear --device cuda ...
 
-Every provider is checked against an fp64 oracle before it is timed; the exit code is 1 when one
-of them fails, and that one gets no time.
+The second form is the benchmark of gpu-check on shapes of one's own; without a GPU its exit code
+is 3. Every provider is checked against an fp64 oracle before it is timed; the exit code is 1 when
+one of them fails, and that one gets no time.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 from dataclasses import replace
@@ -19,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, memory, providers, record, report
+from benchmarks import gpu, gpu_report, machine, memory, providers, record, report
 from benchmarks.gate import Gate
 from benchmarks.providers import BASELINE, Case, Provider, UnavailableError
 from benchmarks.timing import Timing, measure
@@ -28,6 +31,8 @@ from lora_kernels.ops import _registry
 from lora_kernels.testing import BudgetExceededError
 
 SHAPES = "512,2048,2048;2048,2048,2048;2048,2048,5632;1024,5632,2048;1024,576,1536;1024,1536,576"
+GPU = "8192,4096,4096;8192,4096,14336;8192,14336,4096;8192,8192,8192"
+NO_GPU = 3
 DTYPES = {
     "bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16, "fp64": torch.float64,
 }  # fmt: skip
@@ -37,13 +42,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--op", default="lora_linear", choices=["lora_linear"])
-    parser.add_argument("--device", default="cpu", choices=["cpu"])
-    parser.add_argument("--shapes", default=SHAPES, help="M,K,N;M,K,N;...")
-    parser.add_argument("--dtype", default="bf16,fp32", help=f"of {', '.join(DTYPES)}")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--shapes", help=f"M,K,N;M,K,N;... default: {SHAPES} or, on a GPU, {GPU}")
+    parser.add_argument("--dtype", help=f"of {', '.join(DTYPES)}; default: bf16,fp32 or bf16")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--modes", default="fwd,fwdbwd")
-    parser.add_argument("--providers", default=",".join(providers.DEFAULT))
+    parser.add_argument("--modes", help="fwd, fwdbwd; on a GPU bwd too")
+    parser.add_argument("--providers")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument(
         "--threads", type=int, help="intra-op threads; torch's default when left out"
@@ -52,6 +57,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/<device>/...")
     parser.add_argument("--png", type=Path, help="chart; none when left out")
     options = parser.parse_args(argv)
+    on_gpu = options.device == "cuda"
+    options.shapes = options.shapes or (GPU if on_gpu else SHAPES)
+    options.dtype = options.dtype or ("bf16" if on_gpu else "bf16,fp32")
+    modes = gpu_report.MODES if on_gpu else report.MODES
+    options.modes = options.modes or ",".join(modes)
+    options.providers = options.providers or ",".join(gpu.DEFAULT if on_gpu else providers.DEFAULT)
+    for name in ("png", "threads"):
+        if on_gpu and getattr(options, name):
+            parser.error(f"argument --{name}: accepted: with --device cpu only")
     try:
         options.shapes = [
             tuple(int(n) for n in shape.split(",")) for shape in options.shapes.split(";") if shape
@@ -61,7 +75,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     except ValueError:
         parser.error("argument --shapes: accepted: M,K,N;M,K,N;... of positive integers")
     for name, known in (
-        ("dtype", DTYPES), ("modes", report.MODES), ("providers", providers.LABELS),
+        ("dtype", DTYPES), ("modes", modes), ("providers", providers.LABELS),
     ):  # fmt: skip
         given = [v.strip() for v in getattr(options, name).split(",") if v.strip()]
         if not given or set(given) - set(known):
@@ -134,9 +148,44 @@ def sample_peak(into: list[float]) -> None:
         into.append(gflops)
 
 
+def on_a_gpu(argv: list[str], options: argparse.Namespace) -> int:
+    try:
+        device = machine.gpu()
+    except UnavailableError as error:
+        print(f"benchmarks.run: {error}; nothing was measured", file=sys.stderr)
+        return NO_GPU
+    timed = gpu.device_clock()
+    result: dict[str, Any] = {
+        "schema": record.SCHEMA, "op": options.op,
+        **machine.describe("benchmarks.run", argv, device),
+        "triton": machine.version("triton"), "rounds": options.rounds,
+        "ceilings": gpu.ceilings(timed), "rows": [],
+    }  # fmt: skip
+    print(gpu_report.table(result), gpu_report.HEADER, sep="\n", flush=True)
+    base = Case(0, 0, 0, options.rank, torch.float32, options.dropout, device="cuda")
+    cases = tuple(
+        replace(base, M=m, K=k, N=n, dtype=DTYPES[dtype])
+        for dtype in options.dtype
+        for m, k, n in options.shapes
+    )
+    for made in gpu.run_all(
+        cases, options.providers, tuple(options.modes), result["ceilings"], timed,
+        options.rounds, math.inf, count=not options.no_memory,
+    ):  # fmt: skip
+        result["rows"].append(made)
+        print(gpu_report.line(made), flush=True)
+    path = options.json or record.default_path(result)
+    record.save(path, result)
+    print(f"record: {path}")
+    wrong = ("WRONG", "FAILED")
+    return 1 if any((r["skipped"] or "").startswith(wrong) for r in result["rows"]) else 0
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = parse(argv)
+    if options.device == "cuda":
+        return on_a_gpu(argv, options)
     if options.threads:
         torch.set_num_threads(options.threads)
     peak, peak_reason = machine.amx_peak()
