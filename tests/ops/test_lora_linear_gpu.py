@@ -16,6 +16,7 @@ import lora_kernels as lk
 from lora_kernels.ops import _registry, grouped_lora_linear, lora_linear
 from lora_kernels.testing import (
     LoraLinearInputs,
+    assert_within_budget,
     check_lora_linear,
     lora_linear_inputs,
     lora_linear_op,
@@ -163,7 +164,7 @@ def test_work_goes_to_the_current_stream(gpu_backend):
         got = lora_linear_op(inputs, gpu_backend, "xab").named()
     side.synchronize()
     for name, t in want.items():
-        assert torch.equal(t, got[name]), name
+        assert_within_budget(got[name], t.double(), t, name)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
@@ -196,8 +197,9 @@ def test_a_graph_replays_the_step(gpu_backend, dropout_p):
             t.copy_(t.flip(0) if t.dim() else t + 1)
     graph.replay()
     replayed = [t.detach().clone() for t in captured]
+    # The library may take another product in a graph: equal to rounding.
     for got, want in zip(replayed, step(), strict=True):
-        assert torch.equal(got, want)
+        assert_within_budget(got, want.detach().double(), want.detach())
 
 
 def test_nothing_waits_for_the_device(gpu_backend):
