@@ -15,6 +15,7 @@ Environment: LORA_KERNELS_SKIP_CUDA=1 skips. nvcc is looked for in CUDA_HOME, CU
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -113,12 +114,28 @@ def units() -> list[tuple[str, Path]]:
     return [(kind, ROOT / "csrc" / path) for kind, path in pairs if kind.startswith("cuda")]
 
 
+def digests() -> str:
+    """``op:digest`` of the sources of each op's kernels, as the library tells it: measurements
+    are evidence for the very kernels that ran. The same sources give the same digest anywhere."""
+    shared = sorted((ROOT / "csrc" / "common").glob("*.*"))
+    told = []
+    for folder in sorted((ROOT / "csrc").glob("*/cuda")):
+        total = hashlib.sha256()
+        for path in [*shared, *sorted(folder.rglob("*.*"))]:
+            if path.suffix in (".cu", ".cuh", ".h", ".cpp"):
+                content = path.read_bytes().replace(b"\r\n", b"\n")
+                total.update(f"{path.name}\0{len(content)}\0".encode() + content)
+        told.append(f"{folder.parent.name}:{total.hexdigest()[:16]}")
+    return " ".join(told)
+
+
 def write_ninja(work: Path, library: Path) -> None:
     nvcc = find_nvcc()
     version, include, cuda_lib = toolkit(nvcc, work)
     torch = torch_folder()
     defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
-    defines += [f"'-DLK_NVCC_VERSION=\"{version}\"'", f"'-DLK_CUDA_TARGETS=\"{NAMES}\"'"]
+    told = f"{NAMES}; sources {digests()}"
+    defines += [f"'-DLK_NVCC_VERSION=\"{version}\"'", f"'-DLK_CUDA_TARGETS=\"{told}\"'"]
     folders = (torch / "include", torch / "include/torch/csrc/api/include", include)
     text = NINJA.format(
         work=work, nvcc=nvcc, cxx=os.environ.get("CXX", "g++"), common=COMMON, ptxas=PTXAS,

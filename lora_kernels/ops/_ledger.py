@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
 import json
 import math
-from collections.abc import Callable
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from lora_kernels._backends import cuda as cuda_library
 
 SCHEMA = 1
 VERDICTS = ("passed", "failed", "not run")
@@ -177,9 +178,7 @@ def source_digest(op: str, backend: str) -> str:
     sources it was built; a library that cannot say is identified by its own bytes."""
     paths = [p for pattern in SOURCES[backend] for p in PACKAGE.glob(pattern.format(op=op))]
     own = digest_of(paths)
-    if backend != "cuda":
-        return own
-    return f"{own}-{_library_digest()}"
+    return own if backend != "cuda" else f"{own}-{_library_digest(op)}"
 
 
 def digest(op: str, backend: str, configs: tuple[dict[str, Any], ...]) -> str:
@@ -198,11 +197,9 @@ def digests_here(op: str, index: int = 0) -> dict[str, str]:
     return {b: digest(op, b, table.configs if table else ()) for b in SOURCES}
 
 
-def _library_digest() -> str:
-    try:
-        loader = importlib.import_module("lora_kernels._backends.cuda")
-    except ImportError:
+def _library_digest(op: str) -> str:
+    library, _ = cuda_library.load()
+    if library is None:
         return "absent"
-    ask: Callable[[], str | None] | None = getattr(loader, "source_digest", None)
-    said = ask() if ask is not None else None
-    return said or digest_of(sorted(PACKAGE.glob("_cuda*.so")))
+    told = re.search(rf"\b{op}:([0-9a-f]+)", library.build_info())
+    return told[1] if told else digest_of([cuda_library.path()])

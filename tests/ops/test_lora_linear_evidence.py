@@ -256,3 +256,26 @@ def test_digest_follows_names_and_contents(tmp_path):
 @pytest.mark.parametrize("backend", evidence.BACKENDS)
 def test_backends_have_a_digest(backend):
     assert _ledger.source_digest("lora_linear", backend)
+
+
+def test_a_library_is_known_by_the_sources_it_was_built_from(monkeypatch, tmp_path):
+    """Built again from the same sources elsewhere, it keeps its evidence."""
+    file = tmp_path / "_cuda.so"
+    told = {"info": "nvcc 13.0; sm_80; sources lora_linear:00ff other:11aa"}
+    library = SimpleNamespace(build_info=lambda: told["info"])
+    monkeypatch.setattr(_ledger.cuda_library, "load", lambda: (library, ""))
+    monkeypatch.setattr(_ledger.cuda_library, "path", lambda: file)
+
+    def digest() -> str:
+        _ledger.source_digest.cache_clear()
+        return _ledger.source_digest("lora_linear", "cuda").split("-")[1]
+
+    file.write_bytes(b"one build")
+    assert digest() == "00ff"
+    told["info"] = "nvcc 13.0; sm_80"  # it does not say: its bytes count
+    first = digest()
+    file.write_bytes(b"another build")
+    assert digest() != first
+    monkeypatch.setattr(_ledger.cuda_library, "load", lambda: (None, "not built"))
+    assert digest() == "absent"
+    _ledger.source_digest.cache_clear()
