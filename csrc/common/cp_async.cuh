@@ -19,9 +19,24 @@ LK_DEVICE void cp_async16(void* shared, const void* global, int bytes) {
 #if defined(LK_EMULATOR)
   emulator::cp_async(shared, global, 16, bytes);
 #else
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(
+                   shared_address(shared)),
                "l"(global), "r"(bytes)
                : "memory");
+#endif
+}
+
+// All 16 bytes, or zeros without reading when not `exists`.
+LK_DEVICE void cp_async16_if(void* shared, const void* global, bool exists) {
+#if defined(LK_EMULATOR)
+  emulator::cp_async(shared, global, 16, exists ? 16 : 0);
+#else
+  asm volatile(
+      "{\n.reg .pred skip;\nsetp.eq.u32 skip, %2, 0;\n"
+      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, skip;\n}\n" ::"r"(
+          shared_address(shared)),
+      "l"(global), "r"(static_cast<uint32_t>(exists))
+      : "memory");
 #endif
 }
 

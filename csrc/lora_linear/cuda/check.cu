@@ -15,6 +15,8 @@ const char* check_dtype(Dtype dtype) {
              : "dtype is unknown; bfloat16 and float16 are supported";
 }
 
+constexpr int64_t kMaxGemmStride = int64_t{1} << 24;  // 64 rows stay within 32 bits
+
 bool extent(int64_t value) { return value >= 0 && value <= kMaxExtent; }
 const char* const kExtent = "an extent is negative or at least 2^31 - 1024";
 const char* const kMembers = "the group is empty or has more than 8 members";
@@ -120,10 +122,15 @@ const char* check(const GemmParams& p) {
     for (int t = problem.first_term; t < problem.first_term + problem.terms; ++t) {
       const GemmTerm& term = p.term[t];
       if (!extent(term.k)) return kExtent;
-      if (term.stream >= 0 && base) return "a masked term follows one without a mask";
-      base = base || term.stream < 0;
+      const bool masked = term.stream >= 0 && p.dropout.threshold != 0;
+      if (masked && p.layout == OperandLayout::kNK) return "masked terms need the layout kKN";
+      if (masked && base) return "a masked term follows one without a mask";
+      base = base || !masked;
       const int64_t row_of_b = p.layout == OperandLayout::kNK ? term.k : problem.n;
       if (term.lda < term.k || term.ldb < row_of_b) return kStride;
+      if (term.lda > kMaxGemmStride || term.ldb > kMaxGemmStride) {
+        return "a row stride of a GEMM operand is larger than 2^24";
+      }
       if (p.m > 0 && problem.n > 0 && term.k > 0 && (term.a == nullptr || term.b == nullptr)) {
         return kNull;
       }

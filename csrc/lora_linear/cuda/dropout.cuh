@@ -32,6 +32,13 @@ struct DropoutKey {
                  static_cast<uint32_t>(stream), w);
   }
 
+  // Keeps the compiler from holding the 14 round keys in registers from call to call.
+  LK_DEVICE void forget_schedule() {
+#if !defined(LK_EMULATOR)
+    asm volatile("" : "+r"(key0), "+r"(key1));
+#endif
+  }
+
   LK_DEVICE bool keeps_low(uint32_t word) const { return (word & 0xffffu) >= threshold; }
   LK_DEVICE bool keeps_high(uint32_t word) const { return (word >> 16) >= threshold; }
   LK_DEVICE uint32_t mask(uint32_t word) const {

@@ -14,7 +14,7 @@
 // Bytes     A once per column of tiles and B once per row of tiles, mostly from L2; C once.
 // Epilogue  bias in fp32, one rounding to T, through shared memory to rows of 16-byte stores.
 // Numerics  one fp32 sum over the terms in order, k ascending.
-// Limits    16-bit T, 16 terms; M, N, k < 2^31. A rank is padded to 32 inside the main loop.
+// Limits    16-bit T, 16 terms; M, N, k < 2^31, row strides <= 2^24. A rank is padded to 32 inside the main loop.
 #pragma once
 
 #include "../../common/barrier.cuh"
@@ -44,23 +44,20 @@ struct GemmShape {
   static_assert(WN % 32 == 0 && WM % 16 == 0);
 };
 
-// Walks the k-blocks of a problem's terms.
+// Walks the k-blocks of a problem's terms. A thread copies chunks that lie `*_turn` elements apart.
+template <class T>
 struct TermCursor {
-  int term;   // index into GemmParams::term
-  int64_t k;  // first column of the block
-
-  LK_DEVICE void skip_empty(const GemmParams& p, int end) {
-    while (term < end && k >= p.term[term].k) {
-      ++term;
-      k = 0;
-    }
-  }
+  int term;  // index into GemmParams::term
+  int left;  // k's of the term from here on, > 0 unless the terms are at their end
+  const T *a, *b;
+  int a_turn, b_turn;
 };
 
 template <class T, OperandLayout kLayout, class S, bool kAligned>
 struct GemmBlock {
   static constexpr int BM = S::BM, BN = S::BN, BK = S::BK, WM = S::WM, WN = S::WN;
   static constexpr int kMma = WM / 16, kNmma = WN / 8, kSteps = BK / 16;
+  static constexpr int kWords = WN / 32;  // generator words of a row of the warp's tile
   static constexpr bool kKN = kLayout == OperandLayout::kKN;
 
   const GemmParams& p;
@@ -68,10 +65,10 @@ struct GemmBlock {
   T* shared;
   int thread, lane, warp_m, warp_n, end_term;
   int rows, cols;  // of C in this tile
-  int64_t row0, col0;
+  int row0, col0;  // of C; INT32_MAX bounds both extents
   float acc[kMma][kNmma][4];
 
-  LK_DEVICE GemmBlock(const GemmArgs& args, int index, int64_t tile_m, int64_t tile_n,
+  LK_DEVICE GemmBlock(const GemmArgs& args, int index, int tile_m, int tile_n,
                       unsigned char* memory)
       : p(args.p), problem(args.p.problem[index]), shared(reinterpret_cast<T*>(memory)),
         thread(threadIdx.x) {
@@ -83,6 +80,9 @@ struct GemmBlock {
     col0 = tile_n * BN;
     rows = static_cast<int>(p.m - row0 < BM ? p.m - row0 : BM);
     cols = static_cast<int>(problem.n - col0 < BN ? problem.n - col0 : BN);
+  }
+
+  LK_DEVICE void clear() {
 #pragma unroll
     for (int i = 0; i < kMma; ++i) {
 #pragma unroll
@@ -96,42 +96,105 @@ struct GemmBlock {
   LK_DEVICE T* tile_a(int stage) const { return shared + stage * (S::kTileA + S::kTileB); }
   LK_DEVICE T* tile_b(int stage) const { return tile_a(stage) + S::kTileA; }
 
-  // Loads the block at the cursor, if there is one, and moves the cursor on. Commits in any case.
-  LK_DEVICE void load(TermCursor& at, int stage) const {
+  using Cursor = TermCursor<T>;
+  // How the threads share the copies of a tile: chunk thread % kChunks of every kStep-th row.
+  static constexpr int kChunksA = BK / kChunk, kStepA = S::kThreads / kChunksA;
+  static constexpr int kColsB = kKN ? BN : BK, kRowsB = kKN ? BK : BN;
+  static constexpr int kChunksB = kColsB / kChunk, kStepB = S::kThreads / kChunksB;
+  static constexpr int kTurnsA = BM / kStepA, kTurnsB = kRowsB / kStepB;
+  static_assert(kTurnsA * kStepA == BM && kTurnsB * kStepB == kRowsB);
+  // Then neither chunk nor swizzle of a thread depends on the turn.
+  static_assert(kStepA % 8 == 0 && kStepB % 8 == 0);
+
+  // To the first block at or after (term, 0).
+  LK_DEVICE void enter(Cursor& at, int term) const {
+    while (term < end_term && p.term[term].k == 0) ++term;
+    at.term = term;
+    at.left = 0;
+    if (term >= end_term) return;
+    const GemmTerm& t = p.term[term];
+    const int row_a = thread / kChunksA, row_b = thread / kChunksB;
+    at.left = static_cast<int>(t.k);
+    at.a = static_cast<const T*>(t.a) + (static_cast<int64_t>(row0) + row_a) * t.lda + thread % kChunksA * kChunk;
+    at.b = static_cast<const T*>(t.b) + thread % kChunksB * kChunk +
+           (kKN ? row_b * t.ldb + col0 : (static_cast<int64_t>(col0) + row_b) * t.ldb);
+    at.a_turn = static_cast<int>(kStepA * t.lda);
+    at.b_turn = static_cast<int>(kStepB * t.ldb);
+  }
+
+  LK_DEVICE void advance(Cursor& at) const {
+    at.a += BK;
+    at.b += kKN ? kTurnsB * static_cast<int64_t>(at.b_turn) : BK;
+    at.left -= BK;
+  }
+
+  // Blocks from the cursor on that load_whole() can take.
+  LK_DEVICE int whole_blocks(const Cursor& at) const {
+    if (!kAligned || (kKN && cols % kChunk != 0)) return 0;
+    return at.left / BK;
+  }
+
+  // A block of BK k's, whose chunks exist as a whole or not at all. No branches: the copies are
+  // issued between products.
+  LK_DEVICE void load_whole(Cursor& at, int stage) const {
+    T* to_a = tile_a(stage) + tile_offset<BK>(thread / kChunksA, thread % kChunksA);
+#pragma unroll
+    for (int i = 0; i < kTurnsA; ++i) {
+      cp_async16_if(to_a + i * kStepA * BK, at.a + i * static_cast<int64_t>(at.a_turn),
+                    thread / kChunksA + i * kStepA < rows);
+    }
+    T* to_b = tile_b(stage) + tile_offset<kColsB>(thread / kChunksB, thread % kChunksB);
+#pragma unroll
+    for (int i = 0; i < kTurnsB; ++i) {
+      const bool exists = kKN ? thread % kChunksB * kChunk < cols
+                              : thread / kChunksB + i * kStepB < cols;
+      cp_async16_if(to_b + i * kStepB * kColsB, at.b + i * static_cast<int64_t>(at.b_turn), exists);
+    }
+    advance(at);
+    cp_async_commit();
+  }
+
+  // Any block, if there is one; moves the cursor on. Commits in any case.
+  LK_DEVICE void load(Cursor& at, int stage) const {
     if (at.term < end_term) {
-      const GemmTerm& t = p.term[at.term];
-      const int64_t left = t.k - at.k;
-      const int depth = static_cast<int>(left < BK ? left : BK);
-      load_tile<BM, BK, S::kThreads, kAligned>(
-          tile_a(stage), static_cast<const T*>(t.a) + row0 * t.lda + at.k, t.lda, rows, depth,
-          thread);
-      const T* b = static_cast<const T*>(t.b);
-      if constexpr (kKN) {
-        load_tile<BK, BN, S::kThreads, kAligned>(tile_b(stage), b + at.k * t.ldb + col0, t.ldb,
-                                                 depth, cols, thread);
-      } else {
-        load_tile<BN, BK, S::kThreads, kAligned>(tile_b(stage), b + col0 * t.ldb + at.k, t.ldb,
-                                                 cols, depth, thread);
+      const int chunk_a = thread % kChunksA, chunk_b = thread % kChunksB;
+      const int valid_a = clamp_chunk(at.left - chunk_a * kChunk);
+      const int valid_b = clamp_chunk((kKN ? cols : at.left) - chunk_b * kChunk);
+      T* to_a = tile_a(stage) + tile_offset<BK>(thread / kChunksA, chunk_a);
+#pragma unroll
+      for (int i = 0; i < kTurnsA; ++i) {
+        const bool exists = thread / kChunksA + i * kStepA < rows;
+        copy_chunk<kAligned>(to_a + i * kStepA * BK, at.a + i * static_cast<int64_t>(at.a_turn),
+                             exists ? valid_a : 0);
       }
-      at.k += BK;
-      at.skip_empty(p, end_term);
+      T* to_b = tile_b(stage) + tile_offset<kColsB>(thread / kChunksB, chunk_b);
+#pragma unroll
+      for (int i = 0; i < kTurnsB; ++i) {
+        const bool exists = thread / kChunksB + i * kStepB < (kKN ? at.left : cols);
+        copy_chunk<kAligned>(to_b + i * kStepB * kColsB,
+                             at.b + i * static_cast<int64_t>(at.b_turn), exists ? valid_b : 0);
+      }
+      advance(at);
+      if (at.left <= 0) enter(at, at.term + 1);
     }
     cp_async_commit();
   }
 
+  // Fragment addresses: the swizzle of a row does not change 16 rows further on, so the steps over
+  // rows are constants and those over chunks an exclusive or.
   LK_DEVICE void load_a(const T* tile, int kk, int i, uint32_t (&a)[4]) const {
-    const int row = warp_m * WM + 16 * i + lane % 16;
-    ldmatrix_x4<false>(a, tile + tile_offset<BK>(row, 2 * kk + lane / 16));
+    const int first = tile_offset<BK>(warp_m * WM + lane % 16, lane / 16);
+    ldmatrix_x4<false>(a, tile + (first ^ (16 * kk)) + 16 * i * BK);
   }
 
-  // B fragments of two neighbouring 8-column blocks.
+  // B fragments of the neighbouring 8-column blocks j and j + 1 (j even).
   LK_DEVICE void load_b(const T* tile, int kk, int j, uint32_t (&b)[4]) const {
-    const int col = warp_n * WN + 8 * j;
     if constexpr (kKN) {
-      ldmatrix_x4<true>(b, tile + tile_offset<BN>(16 * kk + lane % 16, col / 8 + lane / 16));
+      const int first = tile_offset<BN>(lane % 16, warp_n * WN / 8 + lane / 16);
+      ldmatrix_x4<true>(b, tile + (first ^ (8 * j)) + 16 * kk * BN);
     } else {
-      ldmatrix_x4<false>(b, tile + tile_offset<BK>(col + lane % 8 + lane / 16 * 8,
-                                                   2 * kk + lane / 8 % 2));
+      const int first = tile_offset<BK>(warp_n * WN + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+      ldmatrix_x4<false>(b, tile + (first ^ (16 * kk)) + 8 * j * BK);
     }
   }
 
@@ -156,65 +219,83 @@ struct GemmBlock {
     }
   }
 
+  // One k-block: products of `stage`, copies into the buffer that has just become free, and the
+  // first fragments of the next stage.
+  template <bool kWhole>
+  LK_DEVICE void step(Cursor& loading, int& stage, Fragments (&fragments)[2]) {
+    static_assert(kSteps == 2);
+    const int next = stage + 1 == S::STAGES ? 0 : stage + 1;
+    const int free = stage == 0 ? S::STAGES - 1 : stage - 1;
+    if constexpr (kWhole) {
+      load_fragments(stage, 1, fragments[1]);
+      load_whole(loading, free);
+    } else {
+      load(loading, free);  // first: it needs registers
+      load_fragments(stage, 1, fragments[1]);
+    }
+    multiply(fragments[0]);
+    cp_async_wait<S::STAGES - 2>();
+    pipeline_barrier();
+    load_fragments(next, 0, fragments[0]);
+    multiply(fragments[1]);
+    stage = next;
+  }
+
   // acc += keep mask * (A B of one k-block).
   LK_DEVICE void multiply_masked(int stage, int stream, const DropoutKey& key) {
-    const int64_t row = row0 + warp_m * WM + lane / 4;
-    const int col = static_cast<int>(col0) + warp_n * WN;
+    const int row = row0 + warp_m * WM + lane / 4, col = col0 + warp_n * WN;
     const int block = col / 128, first_word = col % 128 / 32;
 #pragma unroll 1
     for (int i = 0; i < kMma; ++i) {
-      float product[kNmma][4] = {};
 #pragma unroll
-      for (int kk = 0; kk < kSteps; ++kk) {
-        uint32_t a[4];
-        load_a(tile_a(stage), kk, i, a);
+      for (int q = 0; q < 4; q += 2) {  // 8-column blocks q, q + 1, q + 4, q + 5: words are shared
+        float product[kNmma / 2][4] = {};
 #pragma unroll
-        for (int j = 0; j < kNmma; j += 2) {
-          uint32_t b[4];
-          load_b(tile_b(stage), kk, j, b);
-          mma_16816<T>(product[j], a, b[0], b[1]);
-          mma_16816<T>(product[j + 1], a, b[2], b[3]);
+        for (int kk = 0; kk < kSteps; ++kk) {
+          uint32_t a[4];
+          load_a(tile_a(stage), kk, i, a);
+#pragma unroll
+          for (int w = 0; w < kWords; ++w) {
+            uint32_t b[4];
+            load_b(tile_b(stage), kk, 4 * w + q, b);
+            mma_16816<T>(product[2 * w], a, b[0], b[1]);
+            mma_16816<T>(product[2 * w + 1], a, b[2], b[3]);
+          }
         }
-      }
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+        for (int half = 0; half < 2; ++half) {
 #pragma unroll
-        for (int pair = 0; pair < 4; ++pair) {  // 8-column blocks pair, pair + 4, ...
-          uint32_t words[4];
-          key.words(row + 16 * i + 8 * half, block, 4 * pair + lane % 4, stream, words);
+          for (int second = 0; second < 2; ++second) {
+            uint32_t words[4];
+            DropoutKey here = key;
+            here.forget_schedule();
+            here.words(row + 16 * i + 8 * half, block, 4 * (q + second) + lane % 4, stream, words);
 #pragma unroll
-          for (int w = 0; w < WN / 32; ++w) {
-            uint32_t word = words[w];
-#pragma unroll
-            for (int other = 1; other + w < 4; ++other) {
-              if (first_word == other) word = words[other + w];
+            for (int w = 0; w < kWords; ++w) {
+              const uint32_t word = pick(words, first_word + w);
+              float* c = product[2 * w + second] + 2 * half;
+              add(i, 4 * w + q + second, 2 * half, key.keeps_low(word) ? c[0] : 0.0f);
+              add(i, 4 * w + q + second, 2 * half + 1, key.keeps_high(word) ? c[1] : 0.0f);
             }
-            float* c = product[4 * w + pair] + 2 * half;
-            c[0] = key.keeps_low(word) ? c[0] : 0.0f;
-            c[1] = key.keeps_high(word) ? c[1] : 0.0f;
           }
         }
       }
-      add_row(i, product);
     }
   }
 
-  // acc[i] += product with a run-time i that never becomes an address.
-  LK_DEVICE void add_row(int i, const float (&product)[kNmma][4]) {
+  LK_DEVICE static uint32_t pick(const uint32_t (&words)[4], int w) {
+    return w == 0 ? words[0] : w == 1 ? words[1] : w == 2 ? words[2] : words[3];
+  }
+
+  // acc[i][j][e] += value for a run-time i that never becomes an address.
+  LK_DEVICE void add(int i, int j, int e, float value) {
 #pragma unroll
-    for (int row = 0; row < kMma; ++row) {
-      if (row != i) continue;
-#pragma unroll
-      for (int j = 0; j < kNmma; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) acc[row][j][e] += product[j][e];
-      }
-    }
+    for (int row = 0; row < kMma; ++row) acc[row][j][e] += row == i ? value : 0.0f;
   }
 
   LK_DEVICE float bias(int col) const {
     if (problem.bias == nullptr || col >= cols) return 0.0f;
-    return load_as_float(problem.bias, col0 + col, problem.bias_dtype);
+    return load_as_float(problem.bias, static_cast<int64_t>(col0) + col, problem.bias_dtype);
   }
 
   LK_DEVICE void store() const {
@@ -236,7 +317,7 @@ struct GemmBlock {
     __syncthreads();
     constexpr int kChunks = BN / kChunk;
     const bool wide = aligned16(problem.c, problem.ldc);
-    T* c = static_cast<T*>(problem.c) + row0 * problem.ldc + col0;
+    T* c = static_cast<T*>(problem.c) + static_cast<int64_t>(row0) * problem.ldc + col0;
     for (int e = thread; e < rows * kChunks; e += S::kThreads) {
       const int row = e / kChunks, col = e % kChunks * kChunk;
       const T* from = shared + row * S::kRowC + col;
@@ -250,11 +331,11 @@ struct GemmBlock {
   }
 };
 
-template <class T, OperandLayout kLayout, class S, bool kAligned>
+template <class T, OperandLayout kLayout, class S, bool kAligned, bool kMasked>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
     gemm_sm80_kernel(const __grid_constant__ GemmArgs args) {
   using Block = GemmBlock<T, kLayout, S, kAligned>;
-  constexpr int STAGES = S::STAGES, kSteps = Block::kSteps;
+  constexpr int STAGES = S::STAGES;
   LK_DYNAMIC_SHARED(shared);
   int index = 0;
   while (index + 1 < args.p.problems &&
@@ -269,50 +350,47 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
   const int left = args.tiles_m - group * kGroup, height = left < kGroup ? left : kGroup;
   Block block(args, index, group * kGroup + in_group % height, in_group / height, shared);
 
-  const DropoutKey key(args.p.dropout);
   const GemmParams& p = args.p;
-  TermCursor loading{block.problem.first_term, 0};
-  loading.skip_empty(p, block.end_term);
-  TermCursor using_{loading};
+  typename Block::Cursor loading;
+  block.enter(loading, block.problem.first_term);
+  int term = loading.term;  // that is multiplied next
+#pragma unroll 1
   for (int s = 0; s < STAGES - 1; ++s) block.load(loading, s);
 
+  block.clear();
   int stage = 0;
-  if (key.threshold != 0) {
-    while (using_.term < block.end_term && p.term[using_.term].stream >= 0) {
-      cp_async_wait<STAGES - 2>();
-      pipeline_barrier();
-      block.load(loading, (stage + STAGES - 1) % STAGES);
-      block.multiply_masked(stage, p.term[using_.term].stream, key);
-      using_.k += S::BK;
-      using_.skip_empty(p, block.end_term);
-      stage = stage + 1 == STAGES ? 0 : stage + 1;
+  if constexpr (kMasked) {
+    const DropoutKey key(p.dropout);
+    for (; term < block.end_term && p.term[term].stream >= 0; ++term) {
+      for (int64_t k = 0; k < p.term[term].k; k += S::BK) {
+        cp_async_wait<STAGES - 2>();
+        pipeline_barrier();
+        block.load(loading, (stage + STAGES - 1) % STAGES);
+        block.multiply_masked(stage, p.term[term].stream, key);
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
+      }
     }
   }
 
   int blocks = 0;  // that are left
-  for (TermCursor c = using_; c.term < block.end_term; ++c.term, c.k = 0) {
-    blocks += static_cast<int>((p.term[c.term].k - c.k + S::BK - 1) / S::BK);
+  for (; term < block.end_term; ++term) {
+    blocks += static_cast<int>((p.term[term].k + S::BK - 1) / S::BK);
   }
   typename Block::Fragments fragments[2];
   cp_async_wait<STAGES - 2>();
   pipeline_barrier();
   if (blocks > 0) block.load_fragments(stage, 0, fragments[0]);
-  for (; blocks > 0; --blocks) {
-    const int next = stage + 1 == STAGES ? 0 : stage + 1;
-    const int free = stage == 0 ? STAGES - 1 : stage - 1;
-#pragma unroll
-    for (int kk = 0; kk < kSteps; ++kk) {
-      if (kk == kSteps - 1) {
-        cp_async_wait<STAGES - 2>();
-        pipeline_barrier();
-        block.load_fragments(next, 0, fragments[(kk + 1) % 2]);
-      } else {
-        block.load_fragments(stage, kk + 1, fragments[(kk + 1) % 2]);
-      }
-      if (kk == 0) block.load(loading, free);
-      block.multiply(fragments[kk % 2]);
+  while (blocks > 0) {
+    const int whole = block.whole_blocks(loading);
+    const int count = whole < blocks ? whole : blocks;
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) block.template step<true>(loading, stage, fragments);
+    blocks -= count;
+    if (blocks > 0) {
+      if (loading.term < block.end_term && loading.left <= 0) block.enter(loading, loading.term + 1);
+      block.template step<false>(loading, stage, fragments);
+      --blocks;
     }
-    stage = next;
   }
   cp_async_wait<0>();
   block.store();
