@@ -14,6 +14,11 @@ from lora_kernels._version import __version__
 # Public name -> module that defines it. Resolved on first use, so that the import stays light.
 _PUBLIC = {
     "LoRALinear": "lora_kernels.modules.lora_linear",
+    "LoRALSTM": "lora_kernels.modules.lora_lstm",
+    "LoRAEmbedding": "lora_kernels.modules.lora_embedding",
+    "LoRAConv1d": "lora_kernels.modules.lora_conv",
+    "LoRAConv2d": "lora_kernels.modules.lora_conv",
+    "LoRAConv3d": "lora_kernels.modules.lora_conv",
     "replace_modules": "lora_kernels.modules.replace",
     "save_adapter": "lora_kernels.modules.adapter_io",
     "load_adapter": "lora_kernels.modules.adapter_io",
@@ -25,6 +30,7 @@ _PUBLIC = {
     "env": "lora_kernels.environment",
     "explain": "lora_kernels.ops",
     "QuantTensor": "lora_kernels.ops.quant_linear",
+    "QuantConfig": "lora_kernels.integrations.transformers",
     "QuantLinear": "lora_kernels.modules.quant_linear",
     "QuantLoRALinear": "lora_kernels.modules.quant_lora_linear",
     "load_quantized": "lora_kernels.modules.quant_checkpoint",
@@ -44,9 +50,15 @@ if TYPE_CHECKING:
     from lora_kernels.integrations.peft import applied as applied
     from lora_kernels.integrations.peft import apply as apply
     from lora_kernels.integrations.peft import unapply as unapply
+    from lora_kernels.integrations.transformers import QuantConfig as QuantConfig
     from lora_kernels.modules.adapter_io import load_adapter as load_adapter
     from lora_kernels.modules.adapter_io import save_adapter as save_adapter
+    from lora_kernels.modules.lora_conv import LoRAConv1d as LoRAConv1d
+    from lora_kernels.modules.lora_conv import LoRAConv2d as LoRAConv2d
+    from lora_kernels.modules.lora_conv import LoRAConv3d as LoRAConv3d
+    from lora_kernels.modules.lora_embedding import LoRAEmbedding as LoRAEmbedding
     from lora_kernels.modules.lora_linear import LoRALinear as LoRALinear
+    from lora_kernels.modules.lora_lstm import LoRALSTM as LoRALSTM
     from lora_kernels.modules.merge import merge as merge
     from lora_kernels.modules.merge import unmerge as unmerge
     from lora_kernels.modules.quant_checkpoint import load_quantized as load_quantized
