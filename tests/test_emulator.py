@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from dataclasses import replace
 
 import emulator_library as library
 import pytest
@@ -142,6 +143,34 @@ def test_adapters_of_another_dtype(dll, adapter_dtype):
 def test_layouts_with_nan_around(dll, layout):
     inputs = lora_linear_inputs(M=34, K=72, N=(40, 16), rank=(8, 5), dtype=BF16, dropout_p=0.2)
     check(dll, inputs.with_layout(layout, float("nan")), pad=False)
+
+
+def padded_rows(t: torch.Tensor) -> torch.Tensor:
+    """Rows of a multiple of 16 bytes, NaN behind the last element of each."""
+    if t.dim() != 2:
+        return t
+    wide = torch.full((t.shape[0], -(-t.shape[1] // 8) * 8 + 8), float("nan"), dtype=t.dtype)
+    return wide[:, : t.shape[1]].copy_(t)
+
+
+@pytest.mark.parametrize("tile", [None, *TILES.values()])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_aligned_rows_with_a_partial_last_chunk(dll, dropout_p, tile):
+    """K and N are no multiples of 8, yet 16-byte copies are possible."""
+    inputs = lora_linear_inputs(
+        M=70, K=301, N=(91, 34), rank=(5, 9), dtype=BF16, dropout_p=dropout_p
+    )
+    moved = replace(
+        inputs,
+        x=padded_rows(inputs.x),
+        **{
+            name: [padded_rows(t) for t in getattr(inputs, name)]
+            for name in ("weights", "lora_as", "lora_bs", "dys")
+        },
+    )
+    check(dll, moved, tile=tile)
+    if tile is None:
+        check(dll, moved, pad=False)
 
 
 @pytest.mark.parametrize("keep", ["none", "all"])

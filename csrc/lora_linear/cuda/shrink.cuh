@@ -37,6 +37,7 @@ struct ShrinkShape {
   static constexpr int kStages = RN <= 16 ? 4 : 3;
   static constexpr int kTileX = kRows * kBlockK, kTileA = RN * kBlockK;  // elements
   static constexpr size_t kRowTable = RN * sizeof(void*);
+  static_assert(kRows * (RN + 2) * 4 <= kStages * (kTileX + kTileA) * 2);  // staged results
   static constexpr size_t kShared = kStages * (kTileX + kTileA) * 2 + kRowTable;
 };
 
@@ -181,19 +182,29 @@ struct ShrinkBlock {
     }
   }
 
+  // Through shared memory to whole rows, after the last use of the tiles.
   LK_DEVICE void store() const {
+    constexpr int kRow = RN + 2;  // floats of a staged row; 8 rows of one fragment in other banks
+    float* staged = reinterpret_cast<float*>(tiles);
+    __syncthreads();
 #pragma unroll
     for (int j = 0; j < RN / 8; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int64_t row = row0 + 16 * warp + lane / 4 + 8 * (i / 2);
-        const int64_t column = column0 + 8 * j + 2 * (lane % 4) + i % 2;
-        if (row >= p.m || column >= args.columns) continue;
-        if (args.partials != nullptr) {
-          args.partials[(blockIdx.z * p.m + row) * args.columns + column] = acc[j][i];
-        } else {
-          store_shrink<T>(p, row, column, acc[j][i]);
-        }
+        const int row = 16 * warp + lane / 4 + 8 * (i / 2);
+        staged[row * kRow + 8 * j + 2 * (lane % 4) + i % 2] = acc[j][i];
+      }
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int e = thread; e < Shape::kRows * RN; e += Shape::kThreads) {
+      const int64_t row = row0 + e / RN, column = column0 + e % RN;
+      if (row >= p.m || column >= args.columns) continue;
+      const float sum = staged[e / RN * kRow + e % RN];
+      if (args.partials != nullptr) {
+        args.partials[(blockIdx.z * p.m + row) * args.columns + column] = sum;
+      } else {
+        store_shrink<T>(p, row, column, sum);
       }
     }
   }
@@ -229,6 +240,7 @@ __global__ void __launch_bounds__(ShrinkShape<RN>::kThreads)
       block.consume_dropped(s % kStages, static_cast<int>(k / 128), key);
     }
   }
+  cp_async_wait<0>();
   block.store();
 }
 
