@@ -38,6 +38,7 @@ _ONLY = {
 }  # fmt: skip
 TRACKERS = ("tensorboard", "wandb", "trackio", "jsonl")
 ADAPTER_METHODS = ("lora", "qlora", "dora")
+PEFT_METHODS = ("lora", "dora")
 
 
 def check_together(config: Config) -> None:
@@ -122,7 +123,9 @@ def _check_method(config: Config) -> None:
     adapters = config.method in ADAPTER_METHODS
     if config.compare_stock and not config.kernels:
         raise ConfigError("compare_stock=True needs kernels=True, or both runs would be stock PEFT")
-    if config.compare_stock and config.method not in ("lora", "dora"):
+    if config.method == "qlora" and not config.kernels:
+        raise ConfigError("method=qlora runs on layers of lora_kernels; kernels=False excludes it")
+    if config.compare_stock and config.method not in PEFT_METHODS:
         raise ConfigError(
             f"compare_stock=True compares adapters; method={config.method} has no stock twin; "
             "accepted: lora, dora"

@@ -138,9 +138,17 @@ class LoraConfig:
 class QuantConfig:
     """How method qlora stores the frozen weights."""
 
-    format: str = field(default="nf4", metadata=about("format of the frozen weights"))
-    block_size: int = field(default=64, metadata=about("weights that share a scale", low=1))
-    double_quant: bool = field(default=True, metadata=about("quantize the scales too"))
+    format: str = field(
+        default="nf4", metadata=about("format of the frozen weights, as lora_kernels.ops.quantize")
+    )
+    block_size: int | None = field(
+        default=None,
+        metadata=about("weights that share a scale; the format's own when absent", low=1),
+    )
+    double_quant: bool | None = field(
+        default=None,
+        metadata=about("quantize the scales too; as the format has it when absent"),
+    )
 
 
 @dataclass

@@ -127,7 +127,8 @@ def _write(stage: Path, config: Config, task: Task, precision: str, report: dict
         "tokenizer": config.model,
         "method": config.method,
         "precision": precision,
-        **({"quant": asdict(config.quant)} if config.method == "qlora" else {}),
+        "lora": asdict(config.lora),
+        "quant": asdict(config.quant),
         **task.to_saved(),
     }
     _write_json(adapter / SAVED, saved)

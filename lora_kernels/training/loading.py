@@ -19,10 +19,16 @@ _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_se
 
 @dataclass
 class Base:
-    """A base model, and which of its parameters no file gave: a new head, say."""
+    """A base model.
+
+    Attributes:
+        fresh: parameters that no file gave: those of a new head, say.
+        layers: what a method that makes its own layers says of each; as `report.to_dict()`.
+    """
 
     model: Any
     fresh: list[str] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
 
 
 def load_tokenizer(path: str) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lora_kernels.training.result import run_name
+
 _COLORS = {"lora_kernels": "#d9480f", "stock PEFT": "#1864ab"}
 
 
@@ -13,7 +15,7 @@ def draw_losses(path: Path, report: dict[str, Any]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    first = "lora_kernels" if report["kernels"] else "stock PEFT"
+    first = run_name(report)
     curves: list[tuple[str, str, Any]] = [(first, "", "-")]
     if report["losses_stock"] is not None:
         # Dashes on top: where the curves coincide, both stay visible.
@@ -22,7 +24,7 @@ def draw_losses(path: Path, report: dict[str, Any]) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for name, suffix, style in curves:
-        color = _COLORS[name]
+        color = _COLORS.get(name, _COLORS["lora_kernels"])
         steps, losses = zip(*report["losses" + suffix], strict=True)
         axes.plot(
             steps, losses, color=color, linestyle=style, linewidth=1.6, label=f"{name}, training"

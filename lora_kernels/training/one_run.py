@@ -14,7 +14,7 @@ from lora_kernels.errors import DataError
 from lora_kernels.training.arguments import keeps_best, training_arguments, writes_checkpoints
 from lora_kernels.training.callbacks import Progress, WarmUp
 from lora_kernels.training.config import Config
-from lora_kernels.training.config_checks import ADAPTER_METHODS
+from lora_kernels.training.config_checks import ADAPTER_METHODS, PEFT_METHODS
 from lora_kernels.training.interruption import StopOnSignal
 from lora_kernels.training.loading import load_base, load_options, load_tokenizer
 from lora_kernels.training.memory import peak_memory
@@ -119,7 +119,7 @@ def train_once(
         processing_class=tokenizer if task.generates else None,
         preprocess_logits_for_metrics=task.reduce_logits(),
         callbacks=[turns] if turns else None,  # before the clock, so that waiting is not timed
-        kernels=kernels and config.method in ADAPTER_METHODS,
+        kernels=kernels and config.method in PEFT_METHODS,
         loraplus_ratio=config.train.loraplus_ratio,
     )
     trainer.compute_metrics = _scorer(task, trainer)
@@ -152,7 +152,7 @@ def train_once(
         validation_losses=_curve(history, "eval_loss"),
         curves={name: c for name in task.metrics if (c := _curve(history, f"eval_{name}"))},
         step_seconds=trainer.step_seconds,
-        layers=trainer.kernel_report.to_dict()["layers"] if trainer.kernel_report else [],
+        layers=trainer.kernel_report.to_dict()["layers"] if trainer.kernel_report else base.layers,
         steps=trainer.state.global_step,
         examples_seen=examples,
         tokens_seen=tokens,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_kernels.errors import AdapterFileError
+from lora_kernels.training.config_checks import PEFT_METHODS
 from lora_kernels.training.finetuning import ADAPTER, SAVED
 from lora_kernels.training.methods import method_module
 from lora_kernels.training.references import model_path
@@ -46,12 +47,12 @@ class Predictor:
         with quiet_libraries():
             self.tokenizer = load_tokenizer(model_path("tokenizer", str(saved["tokenizer"])))
             base = load_base(self.task, path, dtype, self.tokenizer, {})
-            self.model = method.attach(base.model, adapter, saved)
+            self.model = method.attach(base, adapter, saved)
         self.model.eval()
         if torch.cuda.is_available():
             self.model.to("cuda")
         self.autocast = saved["precision"] == "bf16"
-        if kernels and saved.get("method", "lora") in ("lora", "dora"):
+        if kernels and saved.get("method", "lora") in PEFT_METHODS:
             import lora_kernels as lk
 
             lk.apply(self.model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_kernels.training.result import SPEEDS
+from lora_kernels.training.result import SPEEDS, run_name
 
 _FEW = 30
 _SAMPLES = 5
@@ -12,7 +12,7 @@ _SAMPLES = 5
 
 def markdown(report: dict[str, Any]) -> str:
     """``report.md``."""
-    name = "lora_kernels" if report["kernels"] else "stock PEFT"
+    name = run_name(report)
     rows = [
         f"| before fine-tuning | {report['before']:.3f} | | |",
         _row(name, report["after"], report["seconds"], report["step_seconds"]),

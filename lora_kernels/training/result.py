@@ -26,7 +26,7 @@ class Result:
     def __str__(self) -> str:
         """The table that ends a run."""
         r = self.report
-        name = "lora_kernels" if r["kernels"] else "stock PEFT"
+        name = run_name(r)
         rows = [
             ("", r["metric"], "seconds", "ms/step"),
             ("before", f"{r['before']:.3f}", "", ""),
@@ -54,6 +54,13 @@ class Result:
             notes.append("stopped early: validation no longer improved")
         notes.append(f"written: {self.output}/ (adapter/, report.json, report.md, loss.png)")
         return "\n".join(line.rstrip() for line in (*lines, "", *notes))
+
+
+def run_name(report: dict[str, Any]) -> str:
+    """What trained a run, for tables and legends."""
+    if report["method"] not in ("lora", "dora", "qlora"):
+        return str(report["method"])
+    return "lora_kernels" if report["kernels"] else "stock PEFT"
 
 
 def _short(value: float | None) -> str:

@@ -9,9 +9,15 @@ from typing import Any
 from lora_kernels.errors import AdapterFileError, ConfigError
 from lora_kernels.training.config import Config
 from lora_kernels.training.loading import Base, first_line
-from lora_kernels.training.methods.module_names import check_targets, fresh_modules, head_names
+from lora_kernels.training.methods.module_names import (
+    check_rank,
+    check_targets,
+    fresh_modules,
+    head_names,
+)
 from lora_kernels.training.tasks import Task
 
+_HEADS_KNOWN = ("SEQ_CLS", "TOKEN_CLS")
 NEEDED_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -29,7 +35,9 @@ def prepare(base: Base, task: Task, config: Config) -> Any:
     for name in lora.modules_to_save:
         check_targets(model, [name], "lora.modules_to_save")
     new = fresh_modules(model, base.fresh)
-    saved = list(dict.fromkeys([*lora.modules_to_save, *new]))
+    # Where PEFT knows the task it saves the head by itself.
+    heads = [] if task.peft_task in _HEADS_KNOWN else head_names(model)
+    saved = list(dict.fromkeys([*lora.modules_to_save, *new, *heads]))
     adapter = peft.LoraConfig(
         task_type=task.peft_task,
         r=lora.r,
@@ -49,7 +57,7 @@ def prepare(base: Base, task: Task, config: Config) -> Any:
             model = peft.get_peft_model(model, adapter, autocast_adapter_dtype=wide)
     except ValueError as e:
         raise ConfigError(f"lora.targets={lora.targets!r}: {first_line(e)}") from None
-    _check_rank(model, lora.r)
+    check_rank(model, lora.r)
     if wide:
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -57,27 +65,12 @@ def prepare(base: Base, task: Task, config: Config) -> Any:
     return model
 
 
-def _check_rank(model: Any, r: int) -> None:
-    for name, module in model.named_modules():
-        sizes = [
-            size
-            for key in ("in_features", "out_features")
-            if hasattr(module, "lora_A") and isinstance(size := getattr(module, key, None), int)
-        ]
-        if sizes and min(sizes) < r:
-            raise ConfigError(
-                f"lora.r={r} is larger than the layer {name.removeprefix('base_model.model.')} "
-                f"({sizes[-1]} x {sizes[0]}); accepted: at most {min(sizes)}, or lora.exclude="
-                f"{name.rpartition('.')[2]}"
-            )
-
-
 def save(model: Any, folder: Path) -> None:
     """PEFT's format."""
     model.save_pretrained(str(folder))
 
 
-def attach(base: Any, folder: Path, saved: dict[str, Any]) -> Any:
+def attach(base: Base, folder: Path, saved: dict[str, Any]) -> Any:
     """PEFT only warns about parts that a file lacks; here that is an error.
 
     Raises:
@@ -89,7 +82,7 @@ def attach(base: Any, folder: Path, saved: dict[str, Any]) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys.*")
-            return peft.PeftModel.from_pretrained(base, str(folder))
+            return peft.PeftModel.from_pretrained(base.model, str(folder))
     except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError, UserWarning) as e:
         reason = " ".join(str(e).split())[:200]
         raise AdapterFileError(

@@ -57,6 +57,26 @@ def check_targets(model: Any, targets: str | list[str], key: str = "lora.targets
         )
 
 
+def check_rank(model: Any, r: int) -> None:
+    """Refuses an adapter of more rank than its layer can have.
+
+    Raises:
+        ConfigError: naming the layer.
+    """
+    for name, module in model.named_modules():
+        sizes = [
+            size
+            for key in ("in_features", "out_features")
+            if hasattr(module, "lora_A") and isinstance(size := getattr(module, key, None), int)
+        ]
+        if sizes and min(sizes) < r:
+            raise ConfigError(
+                f"lora.r={r} is larger than the layer {name.removeprefix('base_model.model.')} "
+                f"({sizes[-1]} x {sizes[0]}); accepted: at most {min(sizes)}, or lora.exclude="
+                f"{name.rpartition('.')[2]}"
+            )
+
+
 def fresh_modules(model: Any, fresh: Sequence[str]) -> list[str]:
     """Modules whose parameters no file gave, without those that the head of a task covers.
 

@@ -85,7 +85,7 @@ def save(model: Any, folder: Path) -> None:
     save_file(trained, str(folder / FILE), metadata={"format": "pt"})
 
 
-def attach(base: Any, folder: Path, saved: dict[str, Any]) -> Any:
+def attach(base: Base, folder: Path, saved: dict[str, Any]) -> Any:
     """Puts the trained parameters in their places.
 
     Raises:
@@ -99,10 +99,10 @@ def attach(base: Any, folder: Path, saved: dict[str, Any]) -> Any:
         trained = load_file(str(folder / FILE))
     except (SafetensorError, OSError) as e:
         raise AdapterFileError(f"{folder / FILE} is damaged: {e}") from None
-    parameters = dict(base.named_parameters())
+    parameters = dict(base.model.named_parameters())
     for name, value in trained.items():
         if name not in parameters or parameters[name].shape != value.shape:
             raise AdapterFileError(f"{folder / FILE} belongs to another model: {name}")
         with torch.no_grad():
             parameters[name].data = value.to(parameters[name].device)
-    return base
+    return base.model

@@ -23,6 +23,6 @@ def save(model: Any, folder: Path) -> None:
     model.save_pretrained(str(folder), max_shard_size="1000GB")
 
 
-def attach(base: Any, folder: Path, saved: dict[str, Any]) -> Any:
+def attach(base: Base, folder: Path, saved: dict[str, Any]) -> Any:
     """`base` was loaded from `folder` already."""
-    return base
+    return base.model

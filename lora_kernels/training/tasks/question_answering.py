@@ -40,7 +40,9 @@ class QuestionAnswering(Task):
     name: ClassVar[str] = "question-answering"
     usual_metric: ClassVar[str] = "f1"
     metrics: ClassVar[dict[str, bool]] = {"exact_match": True, "f1": True}
-    peft_task: ClassVar[str | None] = "QUESTION_ANS"
+    # PEFT has a QUESTION_ANS, whose model drops token_type_ids on the way: BERT would not see where
+    # the question ends.
+    peft_task: ClassVar[str | None] = None
     auto_class: ClassVar[str] = "AutoModelForQuestionAnswering"
     label_names: ClassVar[list[str] | None] = ["start_positions", "end_positions"]
 
