@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lora_kernels._backends import cpu as cpu_library
+from lora_kernels._backends import cuda as cuda_library
 from lora_kernels._version import __version__
 from lora_kernels.errors import LoraKernelsError
 from lora_kernels.ops import explain
@@ -28,9 +29,10 @@ def env() -> dict[str, Any]:
 
     Returns:
         ``lora_kernels``: version; ``status``: ``ok`` or ``broken``; ``problems``: a line for each
-        thing that should work and does not; ``platform``, ``cpu``, ``gpu``, ``native``,
-        ``packing`` (policy and bytes of packed weights in this process), ``packages`` (None where
-        absent), ``environment`` (the variables that are set), ``ops``: per op the choice of
+        thing that should work and does not; ``platform``, ``cpu``, ``gpu``, ``native`` and
+        ``cuda`` (the two compiled libraries), ``packing`` (policy and bytes of packed weights in
+        this process), ``packages`` (None where absent), ``environment`` (the variables that are
+        set), ``ops``: per op the choice of
         `auto` for typical shapes, and per backend ``{"available", "reason", "self_check"}``,
         where the last is ``ok``, an error, or None when the backend is not available.
     """
@@ -49,6 +51,7 @@ def env() -> dict[str, Any]:
         "cpu": _cpu(),
         "gpu": _gpu(),
         "native": native,
+        "cuda": _cuda(problems),
         "packing": packing,
         "ops": ops,
         "packages": {name: _version(name) for name in PACKAGES},
@@ -95,6 +98,14 @@ def _native(problems: list[str]) -> dict[str, Any]:
     """The compiled CPU module: absent is fine, present and not usable is a problem."""
     info = cpu_library.build_info()
     if cpu_library.broken():
+        problems.append(info["reason"])
+    return info
+
+
+def _cuda(problems: list[str]) -> dict[str, Any]:
+    """The compiled CUDA library, likewise."""
+    info = cuda_library.build_info()
+    if cuda_library.broken():
         problems.append(info["reason"])
     return info
 

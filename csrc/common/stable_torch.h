@@ -1,6 +1,6 @@
-// The few things a CUDA host entry needs from torch, on the LibTorch stable ABI: contiguous operands,
-// workspaces from torch's allocator (so that stream order and graph capture hold), the current
-// stream, errors. Needs -DTORCH_TARGET_VERSION.
+// The few things a CUDA host entry needs from torch, on the LibTorch stable ABI: contiguous
+// operands, workspaces from torch's allocator (so that stream order and graph capture hold), the
+// current stream, errors. Needs -DTORCH_TARGET_VERSION.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,5 +1,5 @@
-// Warpgroup matrix products of sm_90a (PTX ISA, "wgmma.mma_async"): D [64, N] += A [64, 16] B [16, N],
-// both operands in shared memory, fp32 accumulators. The call is asynchronous: fence, products,
+// Warpgroup matrix products of sm_90a (PTX ISA, "wgmma.mma_async"): D [64, N] += A [64, 16] B [16,
+// N], both operands in shared memory, fp32 accumulators. The call is asynchronous: fence, products,
 // commit, wait, and nobody touches the accumulators in between.
 //
 // Accumulators of thread t, with warp w = t / 32 and lane l = t % 32: d[4 j + 2 h + e] is row
@@ -11,13 +11,9 @@
 namespace lora_kernels {
 
 // Orders this warpgroup's own accesses to the accumulators before the products that follow.
-LK_DEVICE void wgmma_fence() {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
+LK_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
-LK_DEVICE void wgmma_commit() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
+LK_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 // At most kPending committed groups are still running.
 template <int kPending>
@@ -33,39 +29,38 @@ LK_DEVICE void pin_registers(float (&d)[kCount]) {
 }
 
 #define LK_ACC4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define LK_ACC16(i) \
-  LK_ACC4(i), LK_ACC4(i + 4), LK_ACC4(i + 8), LK_ACC4(i + 12)
+#define LK_ACC16(i) LK_ACC4(i), LK_ACC4(i + 4), LK_ACC4(i + 8), LK_ACC4(i + 12)
 #define LK_ACC32(i) LK_ACC16(i), LK_ACC16(i + 16)
 #define LK_ACC64(i) LK_ACC32(i), LK_ACC32(i + 32)
 #define LK_ACC128(i) LK_ACC64(i), LK_ACC64(i + 64)
 
-#define LK_REGISTERS32 \
+#define LK_REGISTERS32                                                     \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define LK_REGISTERS64 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+#define LK_REGISTERS64                                                               \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define LK_REGISTERS128 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+#define LK_REGISTERS128                                                                          \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                       \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "             \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "             \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "             \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 // N accumulator columns make N / 2 registers; the operands are numbered after them.
-#define LK_WGMMA(N, COUNT, TYPE, A, B, P, T)                                          \
-  asm volatile(                                                                                 \
-      "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" P ", 0;\n"                         \
-      "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE                            \
-      " {" LK_REGISTERS##COUNT "}, %" A ", %" B ", accumulate, 1, 1, 0, %" T ";\n}\n"  \
-      : LK_ACC##COUNT(0)                                                              \
-      : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposedB ? 1 : 0)                              \
-      : "memory")
+#define LK_WGMMA(N, COUNT, TYPE, A, B, P, T)                                                   \
+  asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" P                        \
+               ", 0;\n"                                                                        \
+               "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE                  \
+               " {" LK_REGISTERS##COUNT "}, %" A ", %" B ", accumulate, 1, 1, 0, %" T ";\n}\n" \
+               : LK_ACC##COUNT(0)                                                              \
+               : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposedB ? 1 : 0)                    \
+               : "memory")
 
 // d += A B, or d = A B where `accumulate` is 0. A is K-major; B is K-major, or N-major where
 // kTransposedB. T is bf16 or fp16.
@@ -118,13 +113,15 @@ LK_DEVICE void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Four 8x8 blocks of 16-bit elements to shared memory. Lane l gives the address of row l % 8 of block
-// l / 8 and holds row l / 4, columns 2 (l % 4) + {0, 1} of each block, which is how accumulators lie.
-LK_DEVICE void store_matrix_x4(uint32_t row_address, uint32_t r0, uint32_t r1,
-                                                uint32_t r2, uint32_t r3) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row_address),
-               "r"(r0), "r"(r1), "r"(r2), "r"(r3)
-               : "memory");
+// Four 8x8 blocks of 16-bit elements to shared memory. Lane l gives the address of row l % 8 of
+// block l / 8 and holds row l / 4, columns 2 (l % 4) + {0, 1} of each block, which is how
+// accumulators lie.
+LK_DEVICE void store_matrix_x4(uint32_t row_address, uint32_t r0, uint32_t r1, uint32_t r2,
+                               uint32_t r3) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row_address),
+      "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+      : "memory");
 }
 
 }  // namespace lora_kernels

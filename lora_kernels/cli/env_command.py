@@ -46,6 +46,7 @@ def as_text(facts: dict[str, Any]) -> str:
         ("cpu units", " ".join(cpu["units"]) or "none of avx2, avx512, amx"),
         ("gpu", _gpu(facts["gpu"])),
         ("native module", _native(native)),
+        ("cuda library", _cuda(facts["cuda"])),
         ("packed weights", _packing(facts["packing"])),
     ]
     sections = [_table(general)]
@@ -78,6 +79,13 @@ def _gpu(gpu: dict[str, Any]) -> str:
     return "; ".join(
         f"{d['name']}, {d['capability']}, {d['bytes'] / 2**30:.0f} GiB" for d in gpu["devices"]
     )
+
+
+def _cuda(cuda: dict[str, Any]) -> str:
+    if not cuda["available"]:
+        return str(cuda["reason"])
+    unable = [f"{d['name']}: {d['reason']}" for d in cuda["devices"] if d["reason"]]
+    return "; ".join([cuda["build"], *unable])
 
 
 def _native(native: dict[str, Any]) -> str:

@@ -128,9 +128,8 @@ cudaError_t launch_gemm_sm90(const GemmParams& p, Sm90Config config, cudaStream_
   if (config == Sm90Config::kChoose) config = choose_sm90(p);
   const Shape shape = shape_of(config);
   const bool mask = masked(p);
-  const void* kernel = p.dtype == Dtype::kBFloat16
-                           ? gemm_sm90_bf16(p.layout, shape.block_n, mask)
-                           : gemm_sm90_fp16(p.layout, shape.block_n, mask);
+  const void* kernel = p.dtype == Dtype::kBFloat16 ? gemm_sm90_bf16(p.layout, shape.block_n, mask)
+                                                   : gemm_sm90_fp16(p.layout, shape.block_n, mask);
   if (kernel == nullptr) return cudaErrorInvalidValue;
   const Encode encode = find_encode();
   if (encode == nullptr) return cudaErrorNotSupported;
@@ -176,7 +175,8 @@ cudaError_t launch_gemm_sm90(const GemmParams& p, Sm90Config config, cudaStream_
   if (tiles > INT32_MAX) return cudaErrorInvalidValue;
   q.tiles = static_cast<int>(tiles);
 
-  const int shared = shape.block_n == 256 ? Sm90Tile<256>::kSharedBytes : Sm90Tile<128>::kSharedBytes;
+  const int shared =
+      shape.block_n == 256 ? Sm90Tile<256>::kSharedBytes : Sm90Tile<128>::kSharedBytes;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return error;

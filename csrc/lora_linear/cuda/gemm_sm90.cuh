@@ -1,16 +1,18 @@
 // Kernel of gemm_sm90.h: persistent, warp-specialised, TMA in, wgmma, TMA out.
 //
-// Math: C [M, N] = sum over terms t of A_t [M, k_t] B_t, fp32 sum, one rounding at the store. B_t is
-//   [N, k] (forward: W, B; K-major for wgmma) or [k, N] (dX: W, A; N-major, the transposed-B form of
-//   wgmma, so neither W nor A is copied).
+// Math: C [M, N] = sum over terms t of A_t [M, k_t] B_t, fp32 sum, one rounding at the store. B_t
+// is
+//   [N, k] (forward: W, B; K-major for wgmma) or [k, N] (dX: W, A; N-major, the transposed-B form
+//   of wgmma, so neither W nor A is copied).
 // Work: a cluster of one or two blocks takes 128 rows per block and kBlockN columns; tiles are
 //   strided over the grid (place_tile). Warpgroup 0 is the producer, of which one thread works;
 //   warpgroups 1 and 2 each multiply 64 rows.
-// Pipeline: ring of stages [A 128 x 64 | B kBlockN x 64]. The terms are one long loop over k blocks:
-//   a rank-r term is a block like any other, in which TMA fills what lies past r with zeros and only
-//   ceil(r / 16) k16 steps are multiplied. `full` of a stage ends when the producer has arrived and
-//   all bytes are there; `empty` when all consumer warps of all blocks that the stage is filled for
-//   have arrived. One group of products stays in flight while the next is issued.
+// Pipeline: ring of stages [A 128 x 64 | B kBlockN x 64]. The terms are one long loop over k
+// blocks:
+//   a rank-r term is a block like any other, in which TMA fills what lies past r with zeros and
+//   only ceil(r / 16) k16 steps are multiplied. `full` of a stage ends when the producer has
+//   arrived and all bytes are there; `empty` when all consumer warps of all blocks that the stage
+//   is filled for have arrived. One group of products stays in flight while the next is issued.
 // Cluster: each block loads its A and half of B, the half goes to both (multicast): B is read once
 //   from L2 for two blocks.
 // Masked terms (dropout in dX) come first: each is multiplied by itself, masked in registers and
@@ -40,18 +42,17 @@ struct Sm90Work {
 };
 
 template <int kBlockN>
-LK_DEVICE Sm90Work find_work(const Sm90Params& p, int tile, int clusters,
-                                              int rank) {
+LK_DEVICE Sm90Work find_work(const Sm90Params& p, int tile, int blocks, int rank) {
   int i = 0;
   while (i + 1 < p.problems && tile >= p.problem[i + 1].first_tile) ++i;
   const TilePlace place =
       place_tile(tile - p.problem[i].first_tile, p.m_blocks, p.problem[i].n_blocks, p.band);
-  return {i, (place.m_block * clusters + rank) * kSm90BlockM, place.n_block * kBlockN};
+  return {i, (place.m_block * blocks + rank) * kSm90BlockM, place.n_block * kBlockN};
 }
 
 template <int kBlockN, bool kTransposedB>
-LK_DEVICE void produce(const Sm90Params& p, uint32_t stages, uint32_t barriers,
-                                        int cluster, int clusters, int blocks, int rank) {
+LK_DEVICE void produce(const Sm90Params& p, uint32_t stages, uint32_t barriers, int cluster,
+                       int clusters, int blocks, int rank) {
   using Tile = Sm90Tile<kBlockN>;
   constexpr int kBoxes = kTransposedB ? kBlockN / 64 : kBlockN / 128;
   PipelinePlace place;
@@ -98,8 +99,8 @@ LK_DEVICE uint64_t descriptor_b(uint32_t tile, int k16) {
                       : k_major_descriptor(tile, k16);
 }
 
-// Keep bits of this thread's accumulators: bit 4 j + 2 h + e of keep[c] is register 4 j + 2 h + e of
-// the 64 columns c.
+// Keep bits of this thread's accumulators: bit 4 j + 2 h + e of keep[c] is register 4 j + 2 h + e
+// of the 64 columns c.
 template <int kBlockN>
 LK_DEVICE void draw_keep_bits(const DropoutKey& key, int stream, int row, int n,
                               uint32_t (&keep)[kBlockN / 64]) {
@@ -113,12 +114,12 @@ LK_DEVICE void draw_keep_bits(const DropoutKey& key, int stream, int row, int n,
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         uint32_t word[4];
-        key.words(row + 8 * h, n / 128 + block, 4 * i + quad, stream, word);
+        key.words(row + 8 * h, n / 128 + block, keep_pair(i, quad), stream, word);
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
-          const int bit = 4 * (4 * (w % 2) + i) + 2 * h;
-          keep[2 * block + w / 2] |= (key.keeps_low(word[w]) ? 1u : 0u) << bit |
-                                     (key.keeps_high(word[w]) ? 2u : 0u) << bit;
+          const KeepPlace at = keep_place(block, w, i, h);
+          keep[at.chunk] |= (key.keeps_low(word[w]) ? 1u : 0u) << at.bit |
+                            (key.keeps_high(word[w]) ? 2u : 0u) << at.bit;
         }
       }
     }
@@ -127,8 +128,7 @@ LK_DEVICE void draw_keep_bits(const DropoutKey& key, int stream, int row, int n,
 
 // The bias of columns t and t + 128 of a tile, for thread t of a consumer; 0 where there is none.
 template <int kBlockN>
-LK_DEVICE void load_biases(const Sm90Problem& problem, int n,
-                                            float (&bias)[kBlockN / 128]) {
+LK_DEVICE void load_biases(const Sm90Problem& problem, int n, float (&bias)[kBlockN / 128]) {
 #pragma unroll
   for (int i = 0; i < kBlockN / 128; ++i) {
     const int column = n + 128 * i + static_cast<int>(threadIdx.x % 128);
@@ -139,10 +139,9 @@ LK_DEVICE void load_biases(const Sm90Problem& problem, int n,
 
 // Bias, rounding, and out through two staging boxes of [64 rows, 64 columns] in turn.
 template <typename T, int kBlockN>
-LK_DEVICE void store_tile(const Sm90Params& p, const Sm90Work& work,
-                                           uint32_t staging, float* staged_bias, int consumer,
-                                           const float (&bias)[kBlockN / 128],
-                                           const float (&d)[kBlockN / 2]) {
+LK_DEVICE void store_tile(const Sm90Params& p, const Sm90Work& work, uint32_t staging,
+                          float* staged_bias, int consumer, const float (&bias)[kBlockN / 128],
+                          const float (&d)[kBlockN / 2]) {
   using Tile = Sm90Tile<kBlockN>;
   const Sm90Problem& problem = p.problem[work.problem];
   const int thread = threadIdx.x % 128;
@@ -183,10 +182,9 @@ LK_DEVICE void store_tile(const Sm90Params& p, const Sm90Work& work,
 // d += the product of one term, one group of products in flight. `held` is the stage whose products
 // may still run at return, or -1; `accumulate` is 0 where d has no value yet.
 template <typename T, int kBlockN, bool kTransposedB>
-LK_DEVICE void multiply_term(int k, uint32_t stages, uint32_t barriers,
-                                              int consumer, int blocks, PipelinePlace& place,
-                                              int& held, int& accumulate,
-                                              float (&d)[kBlockN / 2]) {
+LK_DEVICE void multiply_term(int k, uint32_t stages, uint32_t barriers, int consumer, int blocks,
+                             PipelinePlace& place, int& held, int& accumulate,
+                             float (&d)[kBlockN / 2]) {
   using Tile = Sm90Tile<kBlockN>;
   const TermBlocks k_blocks = term_blocks(k);
 #pragma unroll 1
@@ -232,8 +230,7 @@ LK_DEVICE void multiply_term(int k, uint32_t stages, uint32_t barriers,
 
 // Waits for the products in flight and gives their stage back.
 template <int kStages, int kCount>
-LK_DEVICE void finish_products(uint32_t barriers, int blocks, int& held,
-                                                float (&d)[kCount]) {
+LK_DEVICE void finish_products(uint32_t barriers, int blocks, int& held, float (&d)[kCount]) {
   wgmma_wait<0>();
   pin_registers(d);
   if (held >= 0) release<kStages>(barriers, held, blocks);
@@ -241,9 +238,9 @@ LK_DEVICE void finish_products(uint32_t barriers, int blocks, int& held,
 }
 
 template <typename T, int kBlockN, bool kTransposedB, bool kMasked>
-LK_DEVICE void consume(const Sm90Params& p, uint32_t stages, uint32_t staging,
-                                        uint32_t barriers, float* staged_bias, int consumer,
-                                        int cluster, int clusters, int blocks, int rank) {
+LK_DEVICE void consume(const Sm90Params& p, uint32_t stages, uint32_t staging, uint32_t barriers,
+                       float* staged_bias, int consumer, int cluster, int clusters, int blocks,
+                       int rank) {
   using Tile = Sm90Tile<kBlockN>;
   const int thread = threadIdx.x % 128;
   const DropoutKey key(p.dropout);
@@ -298,7 +295,8 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Tile = Sm90Tile<kBlockN>;
   extern __shared__ uint8_t shared[];
-  const uint32_t stages = (shared_address(shared) + kSwizzlePeriod - 1) / kSwizzlePeriod * kSwizzlePeriod;
+  const uint32_t stages =
+      (shared_address(shared) + kSwizzlePeriod - 1) / kSwizzlePeriod * kSwizzlePeriod;
   const uint32_t staging = stages + Tile::kStages * Tile::kStageBytes;
   const uint32_t barriers = staging + Tile::kStagingBytes + Tile::kBiasBytes;
   const int blocks = cluster_size();
@@ -332,8 +330,8 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
     __syncwarp();
   } else {
     take_registers<kSm90ConsumerRegisters>();
-    float* staged_bias = reinterpret_cast<float*>(
-        shared + (staging + Tile::kStagingBytes - shared_address(shared)));
+    float* staged_bias =
+        reinterpret_cast<float*>(shared + (staging + Tile::kStagingBytes - shared_address(shared)));
     consume<T, kBlockN, kTransposedB, kMasked>(p, stages, staging, barriers,
                                                staged_bias + 64 * (warpgroup - 1), warpgroup - 1,
                                                cluster, clusters, blocks, rank);

@@ -1,4 +1,5 @@
-// Entry points of gemm_sm90.cuh, one translation unit per dtype; null where there is no such kernel.
+// Entry points of gemm_sm90.cuh, one translation unit per dtype; null where there is no such
+// kernel.
 #pragma once
 
 #include "params.h"

@@ -1,5 +1,5 @@
-// Tile shapes, tile order and pipeline bookkeeping of the sm_90a GEMM: plain integer code, shared by
-// the kernel, its launcher and the CPU tests (tests/csrc/test_gemm_sm90.cpp).
+// Tile shapes, tile order and pipeline bookkeeping of the sm_90a GEMM: plain integer code, shared
+// by the kernel, its launcher and the CPU tests (tests/csrc/test_gemm_sm90.cpp).
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@
 
 namespace lora_kernels::lora_linear::cuda {
 
-constexpr int kSm90BlockM = 128;       // two consumer warpgroups of 64 rows
-constexpr int kSm90BlockK = 64;        // one swizzled row
+constexpr int kSm90BlockM = 128;  // two consumer warpgroups of 64 rows
+constexpr int kSm90BlockK = 64;   // one swizzled row
 constexpr int kSm90ConsumerWarps = 8;
 constexpr int kSm90Threads = 3 * 128;  // one producer and two consumer warpgroups
 constexpr int kSm90MaxCluster = 2;
@@ -60,9 +60,9 @@ LK_HOST_DEVICE constexpr TermBlocks term_blocks(int k) {
   return {k / kSm90BlockK, (k % kSm90BlockK + 15) / 16};
 }
 
-// Tiles are handed out to clusters. A cluster takes cluster_size neighbouring blocks of rows and one
-// block of columns. Within one problem, bands of kBand row blocks are walked column by column, so
-// that the operands that concurrent clusters read stay in L2.
+// Tiles are handed out to clusters. A cluster takes cluster_size neighbouring blocks of rows and
+// one block of columns. Within one problem, bands of kBand row blocks are walked column by column,
+// so that the operands that concurrent clusters read stay in L2.
 constexpr int kSm90Band = 16;
 
 struct TilePlace {
@@ -76,6 +76,21 @@ LK_HOST_DEVICE constexpr TilePlace place_tile(int tile, int m_blocks, int n_bloc
   const int height = m_blocks - first < band ? m_blocks - first : band;
   const int inside = tile % per_band;
   return {first + inside % height, inside / height};
+}
+
+// Draws of dropout against accumulators. Call i (0..3) of lane quad (lane % 4), for a row and 128
+// columns, is pair keep_pair(i, quad) of _philox.py; the two halves of its word w decide registers
+// `bit` and `bit` + 1 of the 64 columns `chunk`, h = 1 for the row 8 below. All 8 draws of a call
+// belong to one thread.
+struct KeepPlace {
+  int chunk;
+  int bit;
+};
+
+LK_HOST_DEVICE constexpr int keep_pair(int i, int quad) { return 4 * i + quad; }
+
+LK_HOST_DEVICE constexpr KeepPlace keep_place(int block, int w, int i, int h) {
+  return {2 * block + w / 2, 4 * (4 * (w % 2) + i) + 2 * h};
 }
 
 }  // namespace lora_kernels::lora_linear::cuda

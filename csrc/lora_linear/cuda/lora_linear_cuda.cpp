@@ -1,6 +1,7 @@
 // Host entry of the CUDA kernels of lora_linear, on the LibTorch stable ABI: library
-// lora_kernels_cuda. Shapes, dtypes and the group are those of lora_kernels/ops/lora_linear/cuda.py,
-// which has checked them; here only what a wrong caller could crash on is checked again.
+// lora_kernels_cuda. Shapes, dtypes and the group are those of
+// lora_kernels/ops/lora_linear/cuda.py, which has checked them; here only what a wrong caller could
+// crash on is checked again.
 //
 // Forward:  [pad]  shrink  GEMM.   Backward:  [pad]  one pass over dY  dA  GEMM.
 // Everything runs on the current stream of x's device, allocates through torch and never waits for
@@ -162,18 +163,19 @@ void check_group(const Matrix& x, const std::vector<Matrix>& w, const std::vecto
             "the shapes of x, weight, lora_a and lora_b do not fit");
     require(w[g].tensor.scalar_type() == x.tensor.scalar_type(), "weight and x differ in dtype");
     for (const Matrix* m : {&w[g], &a[g], &b[g]}) {
-      require(m->tensor.is_cuda() &&
-                  m->tensor.get_device_index() == x.tensor.get_device_index(),
+      require(m->tensor.is_cuda() && m->tensor.get_device_index() == x.tensor.get_device_index(),
               "an operand is on another device than x");
     }
   }
 }
 
-std::tuple<std::vector<Tensor>, Tensor> forward(
-    Tensor x_in, std::vector<Tensor> weights, std::vector<Tensor> lora_as,
-    std::vector<Tensor> lora_bs, std::vector<std::optional<Tensor>> biases,
-    std::vector<double> scalings, double keep_scale, int64_t threshold, std::optional<Tensor> seed,
-    std::string gemm) {
+std::tuple<std::vector<Tensor>, Tensor> forward(Tensor x_in, std::vector<Tensor> weights,
+                                                std::vector<Tensor> lora_as,
+                                                std::vector<Tensor> lora_bs,
+                                                std::vector<std::optional<Tensor>> biases,
+                                                std::vector<double> scalings, double keep_scale,
+                                                int64_t threshold, std::optional<Tensor> seed,
+                                                std::string gemm) {
   const Place place(x_in);
   const Matrix x = as_matrix(x_in, "x");
   const std::vector<Matrix> w = as_matrices(weights, "weight"), a = as_matrices(lora_as, "lora_a"),
@@ -202,9 +204,12 @@ std::tuple<std::vector<Tensor>, Tensor> forward(
   shrink.k = x.columns;
   shrink.members = static_cast<int>(members);
   for (size_t g = 0; g < members; ++g) {
-    shrink.member[g] = {pa[g].data,      pa[g].ld,
-                        ranks.rank[g],   ranks.column[g],
-                        ranks.padded_column[g], static_cast<float>(scalings[g])};
+    shrink.member[g] = {pa[g].data,
+                        pa[g].ld,
+                        ranks.rank[g],
+                        ranks.column[g],
+                        ranks.padded_column[g],
+                        static_cast<float>(scalings[g])};
   }
   shrink.s = s.mutable_data_ptr();
   shrink.lds = ranks.sum;
@@ -268,8 +273,9 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> backward(
   Pads pads(x.tensor, dtype);
   std::vector<Operand> pa(members), pb(members), ps(members);
   for (size_t g = 0; g < members; ++g) {
-    require(dy[g].rows == x.rows && dy[g].columns == w[g].rows && dtype_of(dys_in[g], "dy") == dtype,
-            "dy has another shape or dtype than y");
+    require(
+        dy[g].rows == x.rows && dy[g].columns == w[g].rows && dtype_of(dys_in[g], "dy") == dtype,
+        "dy has another shape or dtype than y");
     if (need_dx) pa[g] = pads.add(a[g], 0, a[g].columns);
     if (need_ds) pb[g] = pads.add(b[g], 0, b[g].columns);
     if (need_db) ps[g] = pads.add(s, ranks.column[g], ranks.rank[g]);
@@ -357,9 +363,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> backward(
   return {dx, das, dbs};
 }
 
-std::string build_info() {
-  return std::string("nvcc ") + LK_NVCC_VERSION + "; " + LK_CUDA_TARGETS;
-}
+std::string build_info() { return std::string("nvcc ") + LK_NVCC_VERSION + "; " + LK_CUDA_TARGETS; }
 
 }  // namespace
 
