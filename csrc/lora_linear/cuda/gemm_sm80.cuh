@@ -14,6 +14,12 @@
 // Bytes     A once per column of tiles and B once per row of tiles, mostly from L2; C once.
 // Epilogue  bias in fp32, one rounding to T, through shared memory to rows of 16-byte stores.
 // Numerics  one fp32 sum over the terms in order, k ascending.
+// Resources (ptxas 13.0, sm_80) forward, backward, backward with masks:
+//           128 x 256 of 8 warps   220, 234, 245 registers, 96 KiB shared, 1 block per SM
+//           128 x 128 of 4 warps   236, 236, 249 registers, 64 KiB shared, 2 blocks per SM
+//           64 x 64 of 4 warps     106, 112, 119 registers, 32 KiB shared, 4 blocks per SM
+//           No spills. The loop over whole blocks of the first holds 64 HMMA in 132 (forward) or 142
+//           instructions per warp and k-block.
 // Limits    16-bit T, 16 terms; M, N, k < 2^31, row strides <= 2^24. A rank is padded to 32 inside the main loop.
 #pragma once
 

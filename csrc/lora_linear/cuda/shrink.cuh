@@ -13,6 +13,8 @@
 // Dropout   registers of X are masked between ldmatrix and mma: one generator call per row and
 //           eight columns, nothing stored. A group repeats the products per member, since each
 //           member has its own mask.
+// Resources (ptxas 13.0, sm_80) at RN = 16, 32, 64, 128: 61, 71, 93, 128 registers; 80, 72, 96, 145
+//           KiB of shared memory; 2, 2, 1, 1 blocks per SM of 164 KiB. No spills.
 // Limits    16-bit T, rank <= 256, members <= 8; M < 2^31 rows, K < 2^31.
 #pragma once
 
