@@ -5,19 +5,30 @@ from __future__ import annotations
 import argparse
 import json
 
+from lora_kernels.training.config_table import help_text
+
 NAME = "train"
 SUMMARY = "fine-tune a model as a YAML file says"
 DESCRIPTION = """\
-Fine-tunes a model with a LoRA adapter. Writes the adapter in PEFT's format, report.json,
-report.md and loss.png into the folder `output` of the configuration; the folder appears when
-everything is done. Prints a table at the end."""
+Fine-tunes a model for classification, language modelling, translation,
+summarisation, question answering or labelling words. Writes what trained (an
+adapter in PEFT's format, unless the method says otherwise), report.json,
+report.md, log.jsonl and pictures into the folder `output` of the
+configuration; the folder appears when everything is done. Prints a table at
+the end.
+
+Exit codes: 0 done; 2 the message says what is wrong, and nothing was written;
+75 stopped by a signal, resume=auto goes on from the checkpoint; 130
+interrupted."""
 EXAMPLES = """\
 examples:
   lora-kernels train examples/bbc_news.yaml
-  lora-kernels train my.yaml data.path=reviews.csv data.text=review data.label=stars
-  lora-kernels train my.yaml lora.r=8 train.epochs=2 precision=fp32 output=runs/r8
+  lora-kernels train my.yaml data.path=reviews.csv data.label=stars
+  lora-kernels train my.yaml lora.r=8 train.epochs=2 output=runs/r8
+  lora-kernels train my.yaml method=qlora train.keep_best=true
+  lora-kernels train my.yaml train.save_steps=100 resume=auto
 
-keys: docs/training.md lists them all with their defaults."""
+""" + help_text(74)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,5 +47,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(result.report, indent=2, ensure_ascii=False))
         return 0
-    print(f'\n{result}\ntry: lora-kernels predict {result.output} "some text"')
+    context = ' --context "a text"' if result.report["task"] == "question-answering" else ""
+    print(f'\n{result}\ntry: lora-kernels predict {result.output} "some text"{context}')
     return 0

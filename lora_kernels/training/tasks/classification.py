@@ -136,7 +136,7 @@ class Classification(Task):
         return answers
 
     def show(self, answer: dict[str, Any]) -> str:
-        width = max(len(name) for name in self.labels)
+        width = max(map(len, self.labels))
         return f"{answer['label']:<{width}}  {answer['probability']:.3f}"
 
 
