@@ -13,11 +13,16 @@ from lora_kernels.ops.quant_linear import FORMAT_NAMES, make_spec
 class QuantOptions(Protocol):
     """What a configuration has to hold; :class:`lora_kernels.QuantConfig` does."""
 
-    format: str
-    block_size: int | None
-    double_quant: bool | None
-    quant_storage: torch.dtype | None
-    compute_dtype: torch.dtype | None
+    @property
+    def format(self) -> str | None: ...
+    @property
+    def block_size(self) -> int | None: ...
+    @property
+    def double_quant(self) -> bool | None: ...
+    @property
+    def quant_storage(self) -> torch.dtype | None: ...
+    @property
+    def compute_dtype(self) -> torch.dtype | None: ...
 
 
 _FIELDS = ("format", "block_size", "double_quant", "quant_storage", "compute_dtype")
@@ -36,6 +41,7 @@ def quant_options(quant: str | QuantOptions | None) -> dict[str, Any] | None:
         options: dict[str, Any] = {"format": quant}
     elif all(hasattr(quant, name) for name in _FIELDS):
         options = {name: getattr(quant, name) for name in _FIELDS}
+        options["format"] = options["format"] or "nf4"
     else:
         raise InvalidArgumentError(
             f"quant={quant!r}; accepted: None, {', '.join(FORMAT_NAMES)}, or a QuantConfig"

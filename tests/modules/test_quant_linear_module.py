@@ -17,6 +17,12 @@ from lora_kernels.modules.quant_lora_linear import QuantLoRALinear
 from lora_kernels.ops.quant_linear import FORMAT_NAMES
 
 
+@pytest.fixture(autouse=True)
+def _one_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense and quantized layers then run the same library products, and give the same bits."""
+    monkeypatch.setenv("LORA_KERNELS_BACKEND", "aten")
+
+
 @pytest.fixture(params=FORMAT_NAMES)
 def format(request: pytest.FixtureRequest) -> str:
     return request.param
