@@ -40,6 +40,7 @@ from lora_kernels.testing import (
 BF16, FP16 = torch.bfloat16, torch.float16
 SEEDS = (0, 1, 7)
 TILES = {"128x256": 0, "128x128": 1, "64x64": 2}
+UNALIGNED = 3
 FAULTS = {"fragment_order": 1, "missing_barrier": 2, "missing_wait": 3, "shifted_mask": 4}
 
 
@@ -195,6 +196,24 @@ def test_gemm_tiles(dll, tile, dropout_p):
         M=150, K=328, N=(296, 200), rank=(8, 40), dtype=BF16, dropout_p=dropout_p
     )
     check(dll, inputs, tile=TILES[tile], seed=3)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "sm_count", "tile"),
+    [
+        pytest.param(8192, 4096, 108, "128x256", id="large"),
+        pytest.param(384, 128, 1, "128x128", id="narrow"),
+        pytest.param(16, 4096, 108, "64x64", id="few rows"),
+    ],
+)
+def test_choice_of_a_tile(dll, m, n, sm_count, tile):
+    k = torch.zeros(1, 64, dtype=BF16)
+    p = library.GemmParams(dtype=DTYPES[BF16], layout=0, m=m, problems=1, sm_count=sm_count)
+    p.problem[0] = library.GemmProblem(n, k.data_ptr(), n, None, 0, 0, 1)
+    p.term[0] = library.GemmTerm(k.data_ptr(), 64, k.data_ptr(), 64, 64, -1)
+    assert dll.lk_gemm_sm80_choice(ctypes.addressof(p)) == TILES[tile]
+    p.term[0].lda = 65
+    assert dll.lk_gemm_sm80_choice(ctypes.addressof(p)) == UNALIGNED
 
 
 def test_wide_outputs(dll):
