@@ -15,6 +15,7 @@ from torch import Tensor
 from lora_kernels.testing import check_lora_linear, lora_linear_inputs
 
 aten = importlib.import_module("lora_kernels.ops.lora_linear.aten")
+products = importlib.import_module("lora_kernels.ops.lora_linear.products")
 # They describe memory or hand out uninitialised memory: no launch on a GPU.
 FREE = {
     "aten::t", "aten::transpose", "aten::slice", "aten::as_strided", "aten::empty",
@@ -26,7 +27,7 @@ FREE = {
 
 @pytest.fixture(autouse=True)
 def _gpu_arrangement(monkeypatch):
-    monkeypatch.setattr(aten, "_on_gpu", lambda t: True)
+    monkeypatch.setattr(products, "on_gpu", lambda t: True)
 
 
 def launches(work) -> list[str]:
@@ -121,7 +122,7 @@ def test_arrangement_for_gpus_is_right(dtype, n, dropout_p):
 
 def test_masked_rows_are_added_in_chunks(monkeypatch):
     """The chunks of dX see their own rows of the mask."""
-    monkeypatch.setattr(aten, "_MASKED_CHUNK", 70 * 7)
+    monkeypatch.setattr(products, "_MASKED_CHUNK", 70 * 7)
     check_lora_linear(lora_linear_inputs(90, 70, 33, 8, dropout_p=0.5), "aten")
 
 

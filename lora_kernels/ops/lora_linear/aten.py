@@ -17,31 +17,16 @@ from torch import Tensor
 
 from lora_kernels.ops._philox import keep_scale
 from lora_kernels.ops._philox_jit import drop
-
-# Rows converted at a time when dA or dB is accumulated in fp32 from a low-precision operand on
-# the CPU: the fp32 copy of the chunk stays in cache.
-_CHUNK = 512
-# Elements of dS A that are masked at a time, so that no second [M, K] tensor appears.
-_MASKED_CHUNK = 1 << 23
+from lora_kernels.ops.lora_linear.products import (
+    add_dropped,
+    joint_das,
+    mm_accumulate,
+    scaled_product,
+)
 
 
 def supports(problem: object) -> tuple[bool, str]:
     return True, "library GEMMs"
-
-
-_split_copy = torch.ops.aten.split_with_sizes_copy.default
-
-
-def _on_gpu(t: Tensor) -> bool:
-    """Every operator is a launch there; on the CPU the plain product sums more exactly."""
-    return t.is_cuda
-
-
-def _scaled_product(left: Tensor, right: Tensor, scale: float, out: Tensor) -> Tensor:
-    """out = scale * left right; what `out` holds before does not count."""
-    if _on_gpu(left):
-        return out.addmm_(left, right, beta=0, alpha=scale)
-    return torch.mul(left @ right, scale, out=out)
 
 
 def _joined(lora_as: list[Tensor], dtype: torch.dtype) -> Tensor:
@@ -59,7 +44,7 @@ def _shrink(x: Tensor, lora_as: list[Tensor], dropout_p: float, seed: Tensor | N
     for g, a in enumerate(lora_as):
         part = s[:, column : column + a.shape[0]]
         dropped = drop(x, seed, dropout_p, g)
-        _scaled_product(dropped, a.to(x.dtype).t(), keep_scale(dropout_p), part)
+        scaled_product(dropped, a.to(x.dtype).t(), keep_scale(dropout_p), part)
         column += a.shape[0]
     return s
 
@@ -86,28 +71,6 @@ def lora_linear_fwd(
     return ys, s
 
 
-def _mm_accumulate(left: Tensor, right: Tensor, out_dtype: torch.dtype, scale: float) -> Tensor:
-    """scale * left^T right, [M, p]^T [M, q], accumulated in `out_dtype` where it is wider."""
-    p, q = left.shape[1], right.shape[1]
-    if out_dtype.itemsize <= left.dtype.itemsize:
-        return _scaled_product(left.t(), right, scale, left.new_empty(p, q)).to(out_dtype)
-    if left.is_cuda and out_dtype == torch.float32:
-        product = torch.mm(left.t(), right, out_dtype=torch.float32)
-        return product if scale == 1.0 else product.mul_(scale)
-    total = left.new_zeros(p, q, dtype=out_dtype)
-    for i in range(0, left.shape[0], _CHUNK):
-        rows = slice(i, i + _CHUNK)
-        total.addmm_(left[rows].to(out_dtype).t(), right[rows].to(out_dtype), alpha=scale)
-    return total
-
-
-def _add_dropped(dx: Tensor, ds: Tensor, a: Tensor, p: float, seed: Tensor, stream: int) -> None:
-    """dX += (dS A) * D, some rows at a time."""
-    step = max(1, _MASKED_CHUNK // max(dx.shape[1], 1))
-    for i in range(0, dx.shape[0], step):
-        dx[i : i + step] += drop(ds[i : i + step] @ a, seed, p, stream, i)
-
-
 def lora_linear_bwd(
     dys: list[Tensor],
     x: Tensor,
@@ -130,31 +93,21 @@ def lora_linear_bwd(
     ds = x.new_empty(x.shape[0], sum(ranks)) if need_dx or need_da else x.new_empty(0)
     for g, (dy, w, b, scaling) in enumerate(zip(dys, weights, lora_bs, scalings, strict=True)):
         if need_dx or need_da:
-            _scaled_product(dy, b.to(x.dtype), scaling * rescale, ds[:, columns[g]])
+            scaled_product(dy, b.to(x.dtype), scaling * rescale, ds[:, columns[g]])
         if need_dx:
             dx = dy @ w.to(x.dtype) if g == 0 else dx.addmm_(dy, w.to(x.dtype))
         if need_db:
-            dbs.append(_mm_accumulate(dy, s[:, columns[g]], b.dtype, scaling))
+            dbs.append(mm_accumulate(dy, s[:, columns[g]], b.dtype, scaling))
     if seed is None or dropout_p == 0.0:
         if need_dx:
             dx.addmm_(ds, _joined(lora_as, x.dtype))
         if need_da:
-            das = _das(ds, x, lora_as, ranks)
+            das = joint_das(ds, x, lora_as, ranks)
         return dx, das, dbs
     for g, a in enumerate(lora_as):
         if need_dx:
-            _add_dropped(dx, ds[:, columns[g]], a.to(x.dtype), dropout_p, seed, g)
+            add_dropped(dx, ds[:, columns[g]], a.to(x.dtype), dropout_p, seed, g)
         if need_da:
             dropped = drop(x, seed, dropout_p, g)
-            das.append(_mm_accumulate(ds[:, columns[g]], dropped, a.dtype, 1.0))
+            das.append(mm_accumulate(ds[:, columns[g]], dropped, a.dtype, 1.0))
     return dx, das, dbs
-
-
-def _das(ds: Tensor, x: Tensor, lora_as: list[Tensor], ranks: list[int]) -> list[Tensor]:
-    """dA of every member from one product, which reads X once. Copied apart: gradients that
-    share one storage would keep each other alive."""
-    if len({a.dtype for a in lora_as}) > 1:
-        parts = ds.split(ranks, 1)
-        return [_mm_accumulate(d, x, a.dtype, 1.0) for d, a in zip(parts, lora_as, strict=True)]
-    joined = _mm_accumulate(ds, x, lora_as[0].dtype, 1.0)
-    return [joined] if len(ranks) == 1 else _split_copy(joined, ranks)
