@@ -2,42 +2,78 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor, nn
 
 from lora_kernels.errors import InvalidArgumentError
 from lora_kernels.modules import dora
 from lora_kernels.modules.lora_linear import LoRALinear
+from lora_kernels.modules.quant_lora_linear import QuantLoRALinear
+from lora_kernels.modules.quant_merge import (
+    DEQUANTIZED,
+    MergeReport,
+    Target,
+    merge_quantized,
+    try_quantized,
+)
 from lora_kernels.modules.traversal import memory, require_lora_layers, tensor_owners, unwrap
 
 _ORIGINAL, _RATIO = "original", "magnitude_ratio"
 
 
 @torch.no_grad()
-def merge(model: nn.Module, *, exact: bool = False, safe: bool = True) -> list[str]:
+def merge(
+    model: nn.Module,
+    *,
+    onto: str | os.PathLike[str] = DEQUANTIZED,
+    requantize: bool | str = False,
+    exact: bool = False,
+    safe: bool = True,
+) -> MergeReport:
     """Fold every adapter into its layer's weight, which then costs nothing extra to run.
 
     W becomes W + scaling B A (with DoRA, rescaled to the magnitudes), computed in fp32, or in
     fp64 where W or the adapter is, and rounded once to the dtype of W. The adapter's parameters
     stay; a merged layer ignores them, in training too, until :func:`unmerge`.
 
+    A :class:`QuantLoRALinear` is replaced instead, by torch.nn.Linear or QuantLinear, and cannot
+    be unmerged: `onto` says which W the update is added to, `requantize` how the sum is kept.
+
     Args:
+        onto: for quantized layers: ``"dequantized"``, the weight that the adapter was trained
+            over, or the path of a full-precision checkpoint (safetensors file or folder).
+        requantize: for quantized layers: False keeps the sum in the dtype of the base, True
+            quantizes it as the layer was, a format name in that format. Small updates do not
+            survive that; the report says how much did.
         exact: keep a CPU copy of each W, so that unmerge restores it bit for bit. The copy is not
             part of the state dict. Without it unmerge subtracts, which is exact to rounding only.
         safe: compute everything once before the first write and refuse a result with NaN or
             infinity. Costs a second computation.
 
     Returns:
-        Names of the layers that were merged now; layers that already were are left alone.
+        Names of the layers that were merged now, a list; layers that already were are left alone.
+        Its `residuals` has a :class:`Residual` for each quantized layer.
 
     Raises:
-        InvalidArgumentError: a PEFT model, no LoRALinear, a weight that another module shares or
+        QuantizedWeightError: the checkpoint of `onto` cannot be read or lacks a layer.
+        InvalidArgumentError: `exact` with quantized layers, `onto` or `requantize` without any,
+            a PEFT model, no LoRALinear, a weight that another module shares or
             that is sharded or on the meta device, or with `safe` a result that is not finite. The
             model is unchanged.
     """
-    layers = {n: m for n, m in _checked_layers(model, "merge_adapter()").items() if not m.merged}
+    every = {n: m for n, m in _checked_layers(model, "merge_adapter()").items() if not m.merged}
+    quantized = {n: m for n, m in every.items() if isinstance(m, QuantLoRALinear)}
+    layers = {n: m for n, m in every.items() if n not in quantized}
+    if exact and quantized:
+        raise InvalidArgumentError("exact=True; merged quantized layers are replaced, copy the model")
+    if not quantized and (onto != DEQUANTIZED or requantize is not False):
+        raise InvalidArgumentError("onto and requantize are for quantized layers; there is none")
+    target = Target.of(onto, requantize)
     _check_weights(model, layers)
     if safe:
+        try_quantized(quantized, target)
         for name, layer in layers.items():
             _check_finite(name, _merged_weight(layer), "merging")
     for layer in layers.values():
@@ -48,7 +84,7 @@ def merge(model: nn.Module, *, exact: bool = False, safe: bool = True) -> list[s
         layer.weight.copy_(_merged_weight(layer))
         layer._unmerge_state = state
         layer.merged = True
-    return list(layers)
+    return MergeReport(every, merge_quantized(unwrap(model), quantized, target))
 
 
 @torch.no_grad()
