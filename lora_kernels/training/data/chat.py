@@ -41,8 +41,10 @@ def read_messages(value: Any, where: str) -> list[Message]:
                 "(or from and value)"
             )
         messages.append({"role": _ROLES.get(role.lower(), role), "content": content})
-    if not any(m["role"] == ASSISTANT and m["content"].strip() for m in messages):
-        raise DataError(f"{where}: no message of the assistant in it; there is nothing to learn")
+    if not any(m["role"] == ASSISTANT and m["content"].strip() for m in messages[1:]):
+        raise DataError(
+            f"{where}: no message of the assistant after another one; there is nothing to learn"
+        )
     return messages
 
 
@@ -57,6 +59,7 @@ def encode(
 ) -> tuple[list[int], list[int]]:
     """Tokens, and labels that are -100 everywhere but in the assistant's messages.
 
+    A conversation may open with the assistant; what it says before it is asked is not learnt.
     The text is cut where an answer begins and ends, and each piece becomes tokens by itself: what
     stands before an answer is then encoded exactly as it is when the model is asked. The mark that
     ends an answer belongs to it.
@@ -86,13 +89,15 @@ def prompt_text(messages: list[Message], tokenizer: Any) -> str:
 def _pieces(messages: list[Message], tokenizer: Any, where: str) -> list[tuple[str, bool]]:
     """The text of a conversation in order, each piece with whether it is learnt."""
     if not tokenizer.chat_template:
-        return [(_plain(m, tokenizer), m["role"] == ASSISTANT) for m in messages]
+        return [
+            (_plain(m, tokenizer), m["role"] == ASSISTANT and i > 0) for i, m in enumerate(messages)
+        ]
     try:
         whole = tokenizer.apply_chat_template(messages, tokenize=False)
         pieces, end = [], 0
         for i, message in enumerate(messages):
-            if message["role"] != ASSISTANT:
-                continue
+            if message["role"] != ASSISTANT or i == 0:
+                continue  # a greeting before anything was asked is no answer
             before = prompt_text(messages[:i], tokenizer)
             upto = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
             if not (whole.startswith(upto) and upto.startswith(before)) or len(before) < end:

@@ -94,6 +94,14 @@ class QuestionAnswering(Task):
             return []
         self._check_lengths(split, questions, tokenizer)
         rows: Features = windows(questions, tokenizer, self.max_length, self.stride)
+        held = {
+            row["number"] for row in rows if row["end_positions"] or not row["question"].answers
+        }
+        if len(held) < len(questions):
+            self.notes.append(
+                f"{split}: the answers of {len(questions) - len(held)} questions fit into no "
+                "window; raise data.stride"
+            )
         if len(rows) > len(questions):
             self.notes.append(
                 f"{split}: {len(questions)} questions in {len(rows)} windows of "
