@@ -1,16 +1,19 @@
 """Tiles of the Triton kernels as data, one validity predicate, and the analytic default.
 
 The default is a function of shape, dtype and architecture alone: no measurement, no state, the
-same on every run. It has not been tuned on hardware. A tuner walks over the tables here, asks
-:func:`invalid` and installs its choice with :func:`forced`.
+same on every run. Where the tuner measured a quicker tile on such a device (tuned_tiles.py), that
+one is taken. The tuner walks over the tables here, asks :func:`invalid` and tries a tile with
+:func:`forced`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
+
+from lora_kernels.ops.lora_linear import tuned_tiles
 
 MAX_RANK = 256
 RANK_BLOCK = 32  # the rank is a k-extent: blocks of at most this many columns join the product
@@ -83,20 +86,24 @@ _HOPPER = (
     Gemm(128, 256, 64, 8, 4, descriptor=True),
     Gemm(128, 128, 64, 4, 4, descriptor=True, persistent=True, flatten=True),
     Gemm(128, 128, 64, 4, 4, descriptor=True),
+    Gemm(128, 128, 64, 8, 4, descriptor=True),
     Gemm(64, 128, 64, 4, 5, descriptor=True),
     Gemm(64, 64, 64, 4, 5, descriptor=True),
     Gemm(128, 256, 64, 8, 3, descriptor=True, lora_last=False),
     Gemm(128, 128, 64, 8, 4, descriptor=True, lora_last=False),
     Gemm(64, 128, 64, 4, 5, descriptor=True, lora_last=False),
+    Gemm(64, 128, 64, 8, 5, descriptor=True, lora_last=False),
 )
 _POINTER = (
     Gemm(128, 128, 32, 4, 4),
+    Gemm(128, 128, 32, 8, 4),
     Gemm(128, 128, 64, 8, 3),
     Gemm(128, 128, 32, 8, 3, persistent=True),
     Gemm(64, 128, 32, 4, 4),
     Gemm(64, 64, 64, 4, 3),
     Gemm(128, 128, 32, 8, 4, lora_last=False),
     Gemm(64, 128, 32, 4, 4, lora_last=False),
+    Gemm(64, 128, 32, 8, 4, lora_last=False),
 )
 _AMD = (
     Gemm(128, 128, 64, 8, 2),
@@ -105,10 +112,10 @@ _AMD = (
     Gemm(128, 128, 64, 8, 2, lora_last=False),
     Gemm(64, 128, 64, 4, 2, lora_last=False),
 )
+# Multiply-add units: small tiles, as every operand of a step is in registers.
 _FP32 = (
-    Gemm(64, 128, 32, 8, 2),
     Gemm(64, 64, 32, 8, 2),
-    Gemm(64, 128, 32, 8, 2, lora_last=False),
+    Gemm(64, 32, 32, 4, 2, lora_last=False),
 )
 
 
@@ -121,13 +128,13 @@ def gemm_table(itemsize: int, where: Target) -> tuple[Gemm, ...]:
     return _HOPPER + _POINTER if where.descriptors else _POINTER
 
 
-def rank_block(rank: int) -> int:
+def rank_block(rank: int, itemsize: int) -> int:
     """Columns of the rank per k-block of the update."""
-    return 16 if rank <= 16 else RANK_BLOCK
+    return 16 if rank <= 16 or itemsize == 4 else RANK_BLOCK
 
 
-def rank_blocks(rank: int) -> int:
-    return -(-rank // rank_block(rank))
+def rank_blocks(rank: int, itemsize: int) -> int:
+    return -(-rank // rank_block(rank, itemsize))
 
 
 def padded_rank(rank: int) -> int:
@@ -139,29 +146,40 @@ def gemm_shared_bytes(c: Gemm, itemsize: int, rank: int) -> int:
     """Upper bound of what the compiler asks for: pipeline, update operands, staged result."""
     edges = c.block_m + c.block_n
     pipeline = c.num_stages * edges * c.block_k * itemsize
-    update = edges * rank_block(rank) * itemsize
+    update = edges * rank_block(rank, itemsize) * itemsize
     staged = c.block_m * c.block_n // c.store_parts * itemsize if c.descriptor else 0
     if not c.persistent:
         return max(pipeline + update, staged) + 1024
     return pipeline + update + staged + 1024
 
 
-def invalid(c: Gemm, where: Target, itemsize: int, rank: int, dropout: bool, exact: bool) -> str:
-    """Why `c` cannot run, or "". `exact`: the update is scaled in fp32, not in its operand."""
+def invalid(
+    c: Gemm, where: Target, itemsize: int, rank: int,
+    *, dropout: bool = False, exact: bool = False, members: int = 1,
+) -> str:  # fmt: skip
+    """Why `c` cannot run, or "". `exact`: the update is scaled in fp32, not in its operand;
+    `members`: terms of the sum, more than one in dgrad of a group."""
     if c.descriptor and not where.descriptors:
         return f"{where.name} has no unit for tensor maps"
     if c.flatten and not (c.persistent and c.descriptor and c.lora_last):
         return "flatten needs a persistent descriptor kernel with the update last"
-    if c.flatten and rank_blocks(rank) > 2:
+    if c.flatten and rank_blocks(rank, itemsize) > 2:
         return f"rank {rank} needs a loop of its own, which does not flatten"
     if c.store_parts != 1 and not c.descriptor:
         return "store_parts needs a descriptor"
     if c.block_m * c.block_n > REGISTERS * 32 * c.num_warps:
         return f"a tile of {c.block_m}x{c.block_n} does not fit {c.num_warps} warps"
-    if dropout and (c.lora_last or c.block_n % 128):
-        return "a mask needs the update first and tiles of whole 128-column blocks"
+    if dropout and (c.lora_last or (c.block_n % 128 and c.block_n != 32)):
+        return "a mask needs the update first and tiles of 32 or whole blocks of 128 columns"
     if dropout and c.persistent:
         return "a mask beside the state of a persistent loop spills registers"
+    per_thread = c.block_m * c.block_n // (32 * c.num_warps)
+    if rank_blocks(rank, itemsize) > 2 and per_thread > REGISTERS // 2:
+        return f"the loop over rank {rank} beside a tile of this size spills registers"
+    if members > 1 and (c.flatten or per_thread * (4 if dropout else 1) > REGISTERS):
+        return f"{members} members in a row spill registers in a tile of this size"
+    if members > 1 and not c.descriptor and per_thread > REGISTERS // 2:
+        return f"pointers of {members} members beside a tile of this size spill registers"
     if exact and c.lora_last:
         return "an update that comes last is scaled in its operand"
     needed = gemm_shared_bytes(c, itemsize, rank)
@@ -171,7 +189,7 @@ def invalid(c: Gemm, where: Target, itemsize: int, rank: int, dropout: bool, exa
 
 
 # Share of the tensor core that a tile of this size can feed, relative to the largest.
-_EFFICIENCY = {128 * 256: 1.0, 128 * 128: 0.88, 64 * 128: 0.7, 64 * 64: 0.5}
+_EFFICIENCY = {128 * 256: 1.0, 128 * 128: 0.88, 64 * 128: 0.7, 64 * 64: 0.5, 64 * 32: 0.3}
 
 
 def gemm(
@@ -185,6 +203,16 @@ def gemm(
     """
     if "gemm" in _forced:
         return _forced["gemm"]
+    usable_maps = descriptor and where.descriptors
+    found = tuned_tiles.lookup(
+        "gemm", where.name, M, P=P, rank=padded_rank(rank), itemsize=itemsize, dropout=dropout,
+        exact=exact, descriptor=usable_maps, members=members,
+    )  # fmt: skip
+    if found is not None:
+        tuned = Gemm(**found)
+        why = invalid(tuned, where, itemsize, rank, dropout=dropout, exact=exact, members=members)
+        if not why:
+            return tuned
 
     def estimate(c: Gemm) -> float:
         tiles = -(-M // c.block_m) * -(-P // c.block_n)
@@ -197,38 +225,49 @@ def gemm(
     candidates = [
         c
         for c in gemm_table(itemsize, where)
-        if c.descriptor == (descriptor and where.descriptors)
-        and not (c.flatten and members > 1)
-        and not invalid(c, where, itemsize, rank, dropout, exact)
+        if c.descriptor == usable_maps
+        and not invalid(c, where, itemsize, rank, dropout=dropout, exact=exact, members=members)
     ]
     return min(candidates, key=estimate)
 
 
-def members_per_launch(ranks: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Ranges of members whose padded ranks fit the registers of one shrink or dA kernel."""
+def members_per_launch(ranks: tuple[int, ...], most: int) -> list[tuple[int, int]]:
+    """Ranges of members whose padded ranks together are at most `most`, or of one member."""
     ranges, first = [], 0
     for last in range(1, len(ranks) + 1):
-        if (
-            last == len(ranks)
-            or (last + 1 - first) * padded_rank(max(ranks[first : last + 1])) > MAX_RANK
-        ):
+        width = (last + 1 - first) * padded_rank(max(ranks[first : last + 1]))
+        if last == len(ranks) or width > most:
             ranges.append((first, last))
             first = last
     return ranges
 
 
-def _stages(bytes_per_stage: int, where: Target, most: int = 4) -> int:
-    # 1 means no pipeline and no buffers: what is left for tiles that are too large for two.
-    budget = where.shared_bytes // 2 if where.shared_bytes > 131072 else where.shared_bytes * 3 // 4
+def shrink_width(itemsize: int, dropout: bool) -> int:
+    """Padded ranks of one shrink: what its registers hold, with a masked copy of X per member."""
+    if dropout:
+        return 16 if itemsize == 4 else 64
+    return MAX_RANK if itemsize == 2 else 128
+
+
+def _stages(bytes_per_stage: int, where: Target, most: int) -> int:
+    """Stages that leave room for a second program; 1 is a loop without buffers."""
     for stages in range(most, 1, -1):
-        if stages * bytes_per_stage <= budget:
+        if stages * bytes_per_stage <= where.shared_bytes // 2:
             return stages
     return 1
 
 
+def _step(candidates: tuple[int, ...], bytes_per_step: int, where: Target, most: int) -> int:
+    """The longest step of which three or more stages fit, else the shortest."""
+    for step in candidates:
+        if _stages(step * bytes_per_step, where, most) >= 3:
+            return step
+    return candidates[-1]
+
+
 def _splits(blocks: int, steps: int, most: int, where: Target) -> int:
-    """Programs along the walk: two per multiprocessor in all, at least four steps for each."""
-    wanted = -(-2 * where.processors // max(1, blocks))
+    """Programs along the walk: about two per multiprocessor in all, four steps or more for each."""
+    wanted = 2 * where.processors // max(1, blocks)
     return max(1, min(wanted, steps // 4, most))
 
 
@@ -236,35 +275,57 @@ def shrink(M: int, K: int, total: int, itemsize: int, where: Target, dropout: bo
     """`total`: padded ranks of the members of the launch, together."""
     if "shrink" in _forced:
         return _forced["shrink"]
-    held = 16 if M <= 16 else 32 if total <= 16 else 64
-    if total > 128 and itemsize == 4:
-        held = min(held, 32)
-    step = 128 if dropout or (total <= 64 and itemsize == 2) else 64
-    stages = _stages((held + total) * step * itemsize, where)
+    found = tuned_tiles.lookup(
+        "shrink", where.name, M, K=K, total=total, itemsize=itemsize, dropout=dropout
+    )
+    if found is not None:
+        return Rows(**found)
+    if itemsize == 4:  # multiply-add units: short steps, or the operands spill
+        held, step, warps = 16 if total > 128 else 32, 32, 4 if total <= 64 else 8
+    else:
+        held = 16 if M <= 16 else 64 if 16 < total <= 128 else 32
+        # 32 columns draw every word of the generator four times: for ranks that drown its cost.
+        whole = 128 if total <= 128 else 32
+        step = whole if dropout else _step((128, 64, 32), (held + total) * itemsize, where, 4)
+        warps = 8 if held * total > 64 * 64 else 4
     # Partial sums may cost a quarter of the pass over X.
     splits = _splits(-(-M // held), -(-K // step), max(1, K // (16 * total)), where)
-    return Rows(held, step, splits, 8 if held * total > 64 * 64 else 4, stages)
+    return Rows(held, step, splits, warps, _stages(step * (held + total) * itemsize, where, 4))
 
 
 def dy_pass(M: int, N: int, rank: int, itemsize: int, where: Target) -> Rows:
     if "dy_pass" in _forced:
         return _forced["dy_pass"]
+    found = tuned_tiles.lookup(
+        "dy_pass", where.name, M, N=N, rank=padded_rank(rank), itemsize=itemsize
+    )
+    if found is not None:
+        return Rows(**found)
     padded = padded_rank(rank)
-    held = max(64, min(256, 128 * 64 // padded)) // (2 if itemsize == 4 else 1)
-    step = 32 if where.amd or itemsize == 4 else 64
-    stages = _stages(step * (held + padded) * itemsize, where, 3)
+    held = max(64, min(256, 128 * 64 // padded))
+    if itemsize == 4:
+        held = 32 if padded <= 128 else 16
+    row = (held + padded) * itemsize
+    step = _step((64, 32), row, where, 3)
+    if itemsize == 4:
+        step = 32 if padded <= 64 else 16
     splits = _splits(-(-N // held), -(-M // step), max(1, M // (16 * rank)), where)
-    return Rows(held, step, splits, 8, stages)
+    return Rows(held, step, splits, 8, _stages(step * row, where, 3))
 
 
 def da_pass(M: int, K: int, total: int, itemsize: int, where: Target) -> Rows:
     if "da_pass" in _forced:
         return _forced["da_pass"]
-    held = 128
-    step = 32 if where.amd or itemsize == 4 or total > 64 else 64
-    stages = _stages(step * (held + total) * itemsize, where, 3)
+    found = tuned_tiles.lookup("da_pass", where.name, M, K=K, total=total, itemsize=itemsize)
+    if found is not None:
+        return Rows(**found)
+    held = 128 if itemsize == 2 else 32
+    row = (held + total) * itemsize
+    step = _step((64, 32), row, where, 3) if total <= 64 else 32
+    if itemsize == 4:
+        step = 32 if total <= 64 else 16
     splits = _splits(-(-K // held), -(-M // step), max(1, M // (16 * total)), where)
-    return Rows(held, step, splits, 8 if total > 32 else 4, stages)
+    return Rows(held, step, splits, 8 if total > 32 else 4, _stages(step * row, where, 3))
 
 
 _forced: dict[str, Any] = {}
@@ -280,7 +341,3 @@ def forced(**choices: Gemm | Rows) -> Iterator[None]:
     finally:
         _forced.clear()
         _forced.update(before)
-
-
-def with_splits(c: Rows, splits: int) -> Rows:
-    return replace(c, splits=splits)

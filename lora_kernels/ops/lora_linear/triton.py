@@ -209,31 +209,28 @@ def lora_linear_bwd(
 def _shrink(x: Tensor, lora_as: list[Tensor], drop: _Dropout) -> Tensor:
     (m, k), where = x.shape, target_of(x)
     ranks = tuple(a.shape[0] for a in lora_as)
+    most = configs.shrink_width(x.dtype.itemsize, drop.on)
+    launches = configs.members_per_launch(ranks, most)
+    widths = [(j - i) * configs.padded_rank(max(ranks[i:j])) for i, j in launches]
+    c = configs.shrink(m, k, max(widths), x.dtype.itemsize, where, drop.on)
+    blocks = -(-k // c.step)
+    per_split = max(1, -(-blocks // c.splits))
+    splits = max(1, -(-blocks // per_split))
     s = x.new_empty(m, sum(ranks))
-    column = 0
-    for first, last in configs.members_per_launch(ranks):
-        part_ranks = ranks[first:last]
-        total = sum(part_ranks)
-        padded = configs.padded_rank(max(part_ranks))
-        count = last - first
-        c = configs.shrink(m, k, count * padded, x.dtype.itemsize, where, drop.on)
-        blocks = -(-k // c.step)
-        per_split = max(1, -(-blocks // c.splits))
-        splits = max(1, -(-blocks // per_split))
-        whole = splits == 1 and count == len(ranks)
-        out = s if whole else x.new_empty(splits, m, total, dtype=torch.float32)
+    out = s if splits == 1 else x.new_empty(splits, m, sum(ranks), dtype=torch.float32)
+    for first, last in launches:
         members = lora_as[first:last]
         _kernels().shrink[(-(-m // c.held), splits)](
-            x, tuple(members), out, drop.seed, m, k, total, part_ranks, *x.stride(),
+            x, tuple(members), out, drop.seed, m, k, sum(ranks), sum(ranks[:first]),
+            ranks[first:last], *x.stride(),
             tuple(a.stride(0) for a in members), tuple(a.stride(1) for a in members),
             drop.scale, drop.threshold, per_split, first,
-            G=count, RP=padded, BM=c.held, BK=c.step, PARTIAL=not whole,
-            EVEN_K=k % c.step == 0, DROPOUT=drop.on, PRECISION=_precision(x.dtype),
-            num_warps=c.num_warps, num_stages=c.num_stages,
+            G=last - first, RP=configs.padded_rank(max(ranks[first:last])), BM=c.held, BK=c.step,
+            PARTIAL=splits > 1, EVEN_K=k % c.step == 0, DROPOUT=drop.on,
+            PRECISION=_precision(x.dtype), num_warps=c.num_warps, num_stages=c.num_stages,
         )  # fmt: skip
-        if not whole:
-            _sum_partials([(out, s[:, column : column + total], drop.scale)])
-        column += total
+    if splits > 1:
+        _sum_partials([(out, s, drop.scale)])
     return s
 
 
@@ -262,7 +259,7 @@ def _gemm(
     )  # fmt: skip
     tiles = -(-m // c.block_m) * -(-p // c.block_n)
     programs = min(tiles, where.processors) if c.persistent else tiles
-    block = configs.rank_block(max(ranks))
+    block = configs.rank_block(max(ranks), size)
     arguments = (
         tuple(us), tuple(vs), out if bias is None else bias, 0 if bias is None else bias.stride(0),
     )  # fmt: skip
@@ -367,7 +364,7 @@ def _da_pass(x: Tensor, lora_as: list[Tensor], dss: list[Tensor], drop: _Dropout
     ranks = tuple(a.shape[0] for a in lora_as)
     das = [a.new_empty(a.shape) for a in lora_as]
     sums = []
-    for first, last in configs.members_per_launch(ranks):
+    for first, last in configs.members_per_launch(ranks, configs.MAX_RANK):
         part_ranks = ranks[first:last]
         total, count = sum(part_ranks), last - first
         padded = configs.padded_rank(max(part_ranks))
@@ -404,7 +401,6 @@ def _sum_partials(sums: list[tuple[Tensor, Tensor, float]]) -> None:
         blocks += -(-length // _SUM_BLOCK)
     _kernels().sum_partials[(blocks,)](
         parts, outs, tuple(p.shape[0] for p in parts), lengths,
-        tuple(p.stride(0) for p in parts), tuple(o.shape[1] for o in outs),
-        tuple(o.stride(0) for o in outs), tuple(firsts), scales,
+        tuple(p.stride(0) for p in parts), tuple(firsts), scales,
         G=len(sums), BLOCK=_SUM_BLOCK, num_warps=4,
     )  # fmt: skip

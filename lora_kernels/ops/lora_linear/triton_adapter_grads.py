@@ -25,7 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.lora_linear.triton_philox import keep_of_word, words_of_128_columns
+from lora_kernels.ops.lora_linear.triton_philox import keep_tile
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_split"])
@@ -79,50 +79,28 @@ def da_pass(
     da_part += split.to(tl.int64) * total_rank * K
     first = split * rows_per_split
     last = tl.minimum(first + rows_per_split, M)
+    k = block * BK + tl.arange(0, BK)
     sums = ()
-    first_row = 0
+    for _ in tl.static_range(G):
+        sums = sums + (tl.zeros((RP, BK), tl.float32),)
     if DROPOUT:
-        tl.static_assert(BK == 128)
         seed = tl.load(seed_ptr)
-        k = block * 128 + tl.arange(0, 32)
-        for _ in tl.static_range(4 * G):
-            sums = sums + (tl.zeros((RP, 32), tl.float32),)
-        for row in tl.range(first, last, BM):
-            m = row + tl.arange(0, BM)
-            x0 = _x_tile(x, m, k, last, K, sxm, sxk)
-            x1 = _x_tile(x, m, k + 32, last, K, sxm, sxk)
-            x2 = _x_tile(x, m, k + 64, last, K, sxm, sxk)
-            x3 = _x_tile(x, m, k + 96, last, K, sxm, sxk)
-            added = ()
-            for g in tl.static_range(G):
-                ds = _ds_tile(ds_ptrs[g], m, last, ranks[g], RP)
-                w0, w1, w2, w3 = words_of_128_columns(seed, m, block, stream + g)
-                added = added + (
-                    _add(sums[4 * g + 0], ds, x0, w0, threshold, PRECISION),
-                    _add(sums[4 * g + 1], ds, x1, w1, threshold, PRECISION),
-                    _add(sums[4 * g + 2], ds, x2, w2, threshold, PRECISION),
-                    _add(sums[4 * g + 3], ds, x3, w3, threshold, PRECISION),
-                )
-            sums = added
+    for row in tl.range(first, last, BM):
+        m = row + tl.arange(0, BM)
+        tile = _x_tile(x, m, k, last, K, sxm, sxk)
+        added = ()
         for g in tl.static_range(G):
-            for word in tl.static_range(4):
-                _store(da_part, sums[4 * g + word], first_row, ranks[g], k + 32 * word, K, RP)
-            first_row += ranks[g]
-    else:
-        k = block * BK + tl.arange(0, BK)
-        for _ in tl.static_range(G):
-            sums = sums + (tl.zeros((RP, BK), tl.float32),)
-        for row in tl.range(first, last, BM):
-            m = row + tl.arange(0, BM)
-            tile = _x_tile(x, m, k, last, K, sxm, sxk)
-            added = ()
-            for g in tl.static_range(G):
-                ds = _ds_tile(ds_ptrs[g], m, last, ranks[g], RP)
-                added = added + (tl.dot(tl.trans(ds), tile, sums[g], input_precision=PRECISION),)
-            sums = added
-        for g in tl.static_range(G):
-            _store(da_part, sums[g], first_row, ranks[g], k, K, RP)
-            first_row += ranks[g]
+            ds = _ds_tile(ds_ptrs[g], m, last, ranks[g], RP)
+            kept = tile
+            if DROPOUT:
+                keep = keep_tile(seed, m, block * BK, stream + g, threshold, BM, BK)
+                kept = tl.where(keep, tile, 0.0)
+            added = added + (tl.dot(tl.trans(ds), kept, sums[g], input_precision=PRECISION),)
+        sums = added
+    first_row = 0
+    for g in tl.static_range(G):
+        _store(da_part, sums[g], first_row, ranks[g], k, K, RP)
+        first_row += ranks[g]
 
 
 @triton.jit
@@ -139,12 +117,6 @@ def _ds_tile(ds, m, last, rank, RP: tl.constexpr):
 
 
 @triton.jit
-def _add(total, ds, x, word, threshold, PRECISION: tl.constexpr):
-    x = tl.where(keep_of_word(word, threshold), x, 0.0)
-    return tl.dot(tl.trans(ds), x, total, input_precision=PRECISION)
-
-
-@triton.jit
 def _store(da, total, first_row, rank, k, K, RP: tl.constexpr):
     r = tl.arange(0, RP)
     pointers = da + (first_row + r).to(tl.int64)[:, None] * K + k[None, :]
@@ -153,11 +125,10 @@ def _store(da, total, first_row, rank, k, K, RP: tl.constexpr):
 
 @triton.jit
 def sum_partials(
-    parts, outs, counts, lengths, strides, columns, row_strides, first_blocks, scales,
+    parts, outs, counts, lengths, strides, first_blocks, scales,
     G: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Element i of result g, at (i // columns[g], i % columns[g]) of a matrix outs[g] with rows
-    row_strides[g] apart: scales[g] * sum over p < counts[g] of parts[g][p * strides[g] + i]."""
+    """outs[g][i] = scales[g] * sum over p < counts[g] of parts[g][p * strides[g] + i]."""
     program = tl.program_id(0)
     for g in tl.static_range(G):
         block = program - first_blocks[g]
@@ -169,5 +140,5 @@ def sum_partials(
             for _ in tl.range(0, counts[g]):
                 total += tl.load(source, mask=inside, other=0.0)
                 source += strides[g]
-            out = outs[g] + (i // columns[g]) * row_strides[g] + i % columns[g]
-            tl.store(out, (total * scales[g]).to(out.dtype.element_ty), mask=inside)
+            out = outs[g]
+            tl.store(out + i, (total * scales[g]).to(out.dtype.element_ty), mask=inside)

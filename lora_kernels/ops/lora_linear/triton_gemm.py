@@ -16,11 +16,11 @@ Bytes      the frozen GEMM's plus, per tile, BM RP of U and BP RP of V: for r = 
            (r / Q of the flops). Y and dX are written once and never read back.
 Numerics   one fp32 accumulator for base and update, bias added in fp32, one rounding to C.
            LORA_LAST: U is scaled and rounded to the dtype of the product, the update is the last
-           k-block and its operands are fetched before the main loop. Otherwise the update comes
-           first and is scaled, or masked, in fp32 before the main loop adds to it.
+           k-block; up to rank 16 its operands are fetched before the main loop (PREFETCH).
+           Otherwise it comes first and is scaled, or masked, in fp32 before the main loop adds.
            Bitwise reproducible: the order of every sum is fixed.
-Limits     rank in blocks of RB <= 64, so any rank; with dropout 128 divides BP and the update
-           comes first, as a mask cannot be applied to one term of a finished sum.
+Limits     rank in blocks of RB, so any rank; with dropout BP is 32 or a multiple of 128 and the
+           update comes first, as a mask cannot be applied to one term of a finished sum.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _start(
                 tl.zeros((BM, BP), tl.float32), us[g], vs[g], m, p, M, P, ranks[g], ums[g],
                 vrs[g], vps[g], scale, RB, RANK_BLOCKS, False, dtype, PRECISION,
             )  # fmt: skip
-            keep = keep_tile(tl.load(seed_ptr), m, p_first // 128, g, threshold, BM, BP)
+            keep = keep_tile(tl.load(seed_ptr, volatile=True), m, p_first, g, threshold, BM, BP)
             acc += tl.where(keep, update, 0.0)
         else:
             acc = _update(
@@ -127,6 +127,7 @@ def _pointer_tile(
     p_inside = (p < P)[None, :]
     q = tl.arange(0, BQ)
     dtype: tl.constexpr = ls[0].dtype.element_ty
+    PREFETCH: tl.constexpr = RB == 16 and RANK_BLOCKS == 1
     acc = tl.zeros((BM, BP), tl.float32)
     if not LORA_LAST:
         acc = _start(
@@ -134,7 +135,7 @@ def _pointer_tile(
             G, BM, BP, RB, RANK_BLOCKS, DROPOUT, SCALE, dtype, PRECISION,
         )  # fmt: skip
     for g in tl.static_range(G):
-        if LORA_LAST and RANK_BLOCKS == 1:
+        if LORA_LAST and PREFETCH:
             r = tl.arange(0, RB)
             u = _u_tile(us[g], m, r, M, ranks[g], ums[g], scale, SCALE, dtype)
             v = _v_tile(vs[g], r, p, P, ranks[g], vrs[g], vps[g], dtype)
@@ -151,7 +152,7 @@ def _pointer_tile(
             left += BQ * lqs[g]
             right += BQ * rqs[g]
         if LORA_LAST:
-            if RANK_BLOCKS == 1:
+            if PREFETCH:
                 acc = tl.dot(u, v, acc, input_precision=PRECISION)
             else:
                 acc = _update(
@@ -203,6 +204,7 @@ def _descriptor_tile(
     m = m_first + tl.arange(0, BM)
     p = p_first + tl.arange(0, BP)
     dtype: tl.constexpr = c.dtype
+    PREFETCH: tl.constexpr = RB == 16 and RANK_BLOCKS == 1
     acc = tl.zeros((BM, BP), tl.float32)
     if not LORA_LAST:
         acc = _start(
@@ -210,7 +212,7 @@ def _descriptor_tile(
             G, BM, BP, RB, RANK_BLOCKS, DROPOUT, SCALE, dtype, PRECISION,
         )  # fmt: skip
     for g in tl.static_range(G):
-        if LORA_LAST and RANK_BLOCKS == 1:
+        if LORA_LAST and PREFETCH:
             r = tl.arange(0, RB)
             u = _u_tile(us[g], m, r, M, ranks[g], ums[g], scale, SCALE, dtype)
             v = _v_tile(vs[g], r, p, P, ranks[g], vrs[g], vps[g], dtype)
@@ -223,7 +225,7 @@ def _descriptor_tile(
                 b = right.load([first, p_first])
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
         if LORA_LAST:
-            if RANK_BLOCKS == 1:
+            if PREFETCH:
                 acc = tl.dot(u, v, acc, input_precision=PRECISION)
             else:
                 acc = _update(

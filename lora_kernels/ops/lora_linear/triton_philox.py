@@ -57,22 +57,23 @@ def keep_of_word(word, threshold):
 
 
 @triton.jit
-def words_of_128_columns(seed, rows, block, stream):
-    """The words of rows [R] and columns [128 block, 128 block + 128): four tiles [R, 16]."""
-    lane = (16 * block + tl.arange(0, 16)).to(tl.uint32)
-    return philox_words(seed, lane[None, :], rows.to(tl.uint32)[:, None], stream)
-
-
-@triton.jit
-def keep_tile(seed, rows, block, stream, threshold, R: tl.constexpr, C: tl.constexpr):
-    """Keep mask [R, C], int1, of rows [R] and the C columns from 128 * block on; 128 divides C."""
-    lane = (16 * block + tl.arange(0, C // 8)).to(tl.uint32)
+def keep_tile(seed, rows, first, stream, threshold, R: tl.constexpr, C: tl.constexpr):
+    """Keep mask [R, C], int1, of rows [R] and the C columns from `first` on: 32 columns from a
+    multiple of 32, or a multiple of 128 columns from a multiple of 128."""
+    counters: tl.constexpr = 16 if C == 32 else C // 8
+    lane = (16 * (first // 128) + tl.arange(0, counters)).to(tl.uint32)
     w0, w1, w2, w3 = philox_words(seed, lane[None, :], rows.to(tl.uint32)[:, None], stream)
-    # Bytes, not int32: the tile is permuted through shared memory once.
-    k0 = tl.reshape(keep_of_word(w0, threshold).to(tl.int8), (R, C // 128, 32))
-    k1 = tl.reshape(keep_of_word(w1, threshold).to(tl.int8), (R, C // 128, 32))
-    k2 = tl.reshape(keep_of_word(w2, threshold).to(tl.int8), (R, C // 128, 32))
-    k3 = tl.reshape(keep_of_word(w3, threshold).to(tl.int8), (R, C // 128, 32))
-    # [row, block, column in word, w // 2, w % 2] -> [row, block, w // 2, w % 2, column in word]
-    joined = tl.join(tl.join(k0, k2), tl.join(k1, k3))
-    return tl.reshape(tl.permute(joined, (0, 1, 3, 4, 2)), (R, C)) != 0
+    if C == 32:  # one word of each counter; the other three belong to other tiles
+        word = (first % 128) // 32
+        low = tl.where(word == 0, w0, w1)
+        high = tl.where(word == 2, w2, w3)
+        return keep_of_word(tl.where(word < 2, low, high), threshold)
+    else:
+        # Bytes, not int32, where a layout makes the tile go through shared memory.
+        k0 = tl.reshape(keep_of_word(w0, threshold).to(tl.int8), (R, C // 128, 32))
+        k1 = tl.reshape(keep_of_word(w1, threshold).to(tl.int8), (R, C // 128, 32))
+        k2 = tl.reshape(keep_of_word(w2, threshold).to(tl.int8), (R, C // 128, 32))
+        k3 = tl.reshape(keep_of_word(w3, threshold).to(tl.int8), (R, C // 128, 32))
+        # [row, block, column in word, w // 2, w % 2] -> [row, block, w // 2, w % 2, column]
+        joined = tl.join(tl.join(k0, k2), tl.join(k1, k3))
+        return tl.reshape(tl.permute(joined, (0, 1, 3, 4, 2)), (R, C)) != 0

@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.lora_linear.triton_philox import keep_of_word, words_of_128_columns
+from lora_kernels.ops.lora_linear.triton_philox import keep_tile
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def _a_tile(a, k, rank, K, sar, sak, RP: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "threshold", "keep_scale", "blocks_per_split"])
 def shrink(
-    x, a_ptrs, s, seed_ptr, M, K, total_rank, ranks, sxm, sxk, sars, saks,
+    x, a_ptrs, s, seed_ptr, M, K, total_rank, first_column, ranks, sxm, sxk, sars, saks,
     keep_scale, threshold, blocks_per_split, stream,
     G: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PARTIAL: tl.constexpr,
     EVEN_K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -49,62 +49,28 @@ def shrink(
     for _ in tl.static_range(G):
         sums = sums + (tl.zeros((BM, RP), tl.float32),)
     if DROPOUT:
-        tl.static_assert(BK == 128)
         seed = tl.load(seed_ptr)
-        for block in tl.range(first, last):
-            # X arrives in four tiles of 32 columns: one for each word of the generator.
-            k0 = block * 128 + tl.arange(0, 32)
-            k1, k2, k3 = k0 + 32, k0 + 64, k0 + 96
-            x0 = _x_tile(x_rows, k0, K, sxk, EVEN_K)
-            x1 = _x_tile(x_rows, k1, K, sxk, EVEN_K)
-            x2 = _x_tile(x_rows, k2, K, sxk, EVEN_K)
-            x3 = _x_tile(x_rows, k3, K, sxk, EVEN_K)
-            added = ()
-            for g in tl.static_range(G):
-                w0, w1, w2, w3 = words_of_128_columns(seed, rows, block, stream + g)
-                t = sums[g]
-                a = a_ptrs[g]
-                r, sar, sak = ranks[g], sars[g], saks[g]
-                t = _add(t, x0, w0, a, k0, r, K, sar, sak, threshold, RP, dtype, PRECISION)
-                t = _add(t, x1, w1, a, k1, r, K, sar, sak, threshold, RP, dtype, PRECISION)
-                t = _add(t, x2, w2, a, k2, r, K, sar, sak, threshold, RP, dtype, PRECISION)
-                t = _add(t, x3, w3, a, k3, r, K, sar, sak, threshold, RP, dtype, PRECISION)
-                added = added + (t,)
-            sums = added
-    else:
-        for block in tl.range(first, last):
-            k = block * BK + tl.arange(0, BK)
-            tile = _x_tile(x_rows, k, K, sxk, EVEN_K)
-            added = ()
-            for g in tl.static_range(G):
-                a = _a_tile(a_ptrs[g], k, ranks[g], K, sars[g], saks[g], RP, dtype)
-                added = added + (tl.dot(tile, a, sums[g], input_precision=PRECISION),)
-            sums = added
+    for block in tl.range(first, last):
+        k = block * BK + tl.arange(0, BK)
+        pointers = x_rows + k.to(tl.int64)[None, :] * sxk
+        if EVEN_K:
+            tile = tl.load(pointers)
+        else:
+            tile = tl.load(pointers, mask=(k < K)[None, :], other=0.0)
+        added = ()
+        for g in tl.static_range(G):
+            a = _a_tile(a_ptrs[g], k, ranks[g], K, sars[g], saks[g], RP, dtype)
+            kept = tile
+            if DROPOUT:
+                keep = keep_tile(seed, rows, block * BK, stream + g, threshold, BM, BK)
+                kept = tl.where(keep, tile, 0.0)
+            added = added + (tl.dot(kept, a, sums[g], input_precision=PRECISION),)
+        sums = added
     s += split.to(tl.int64) * M * total_rank
-    column = 0
+    column = first_column
     for g in tl.static_range(G):
         r = tl.arange(0, RP)
         out = s + rows.to(tl.int64)[:, None] * total_rank + (column + r)[None, :]
         value = sums[g] if PARTIAL else (sums[g] * keep_scale).to(s.dtype.element_ty)
         tl.store(out, value, mask=(rows < M)[:, None] & (r < ranks[g])[None, :])
         column += ranks[g]
-
-
-@triton.jit
-def _x_tile(x_rows, k, K, sxk, EVEN_K: tl.constexpr):
-    pointers = x_rows + k.to(tl.int64)[None, :] * sxk
-    if EVEN_K:
-        return tl.load(pointers)
-    else:
-        return tl.load(pointers, mask=(k < K)[None, :], other=0.0)
-
-
-@triton.jit
-def _add(
-    total, x, word, a, k, rank, K, sar, sak, threshold,
-    RP: tl.constexpr, dtype: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """total + drop(x) A^T for the 32 columns of one word."""
-    x = tl.where(keep_of_word(word, threshold), x, 0.0)
-    tile = _a_tile(a, k, rank, K, sar, sak, RP, dtype)
-    return tl.dot(x, tile, total, input_precision=PRECISION)
