@@ -54,9 +54,8 @@ def test_onto_the_original_weight(tmp_path):
     from safetensors.torch import save_file
 
     dense, model = model_with_adapters()
-    save_file(
-        {f"backbone.{k}": v for k, v in dense.state_dict().items()}, tmp_path / "w.safetensors"
-    )
+    file = tmp_path / "w.safetensors"
+    save_file({f"backbone.{k}": v for k, v in dense.state_dict().items()}, file)
     layer = model[0]
     update = layer.scaling * layer.lora_B @ layer.lora_A
     expected = dense[0].weight + update
