@@ -37,7 +37,10 @@ def launches(work) -> list[str]:
     events = [e for e in profile.events() if e.name.startswith("aten::")]
     names = []
     for event in events:
-        if event.cpu_parent is not None:
+        parent = event.cpu_parent
+        while parent is not None and not parent.name.startswith("aten::"):
+            parent = parent.cpu_parent  # a node of autograd
+        if parent is not None:
             continue
         inner = [event]
         # matmul, linear and to are wrappers: what they call counts.

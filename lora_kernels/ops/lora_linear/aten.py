@@ -5,7 +5,7 @@ by `addmm_`), computes S and dS once, reads X once for the shrink and once for d
 without dropout, and returns dA and dB from fp32 accumulators when the adapter is fp32.
 
 Launches for a group of G without dropout, adapters in the dtype of x: forward 1 + 2 G (and 1 to
-join the A of a group), backward 1 + 3 G (and 2 for a group: join, split). `tests/ops/
+join the A of a group), backward 2 + 3 G (and 2 for a group: join, split). `tests/ops/
 test_lora_linear_launches.py` holds these counts.
 """
 

@@ -49,11 +49,13 @@ def add_dropped(dx: Tensor, ds: Tensor, a: Tensor, p: float, seed: Tensor, strea
         dx[i : i + step] += drop(ds[i : i + step] @ a, seed, p, stream, i)
 
 
-def joint_das(ds: Tensor, x: Tensor, lora_as: list[Tensor], ranks: list[int]) -> list[Tensor]:
-    """dA of every member from one product, which reads X once. Copied apart: gradients that
+def joint_das(
+    ds: Tensor, x: Tensor, lora_as: list[Tensor], ranks: list[int], scale: float = 1.0
+) -> list[Tensor]:
+    """scale * dA of every member from one product, which reads X once. Copied apart: gradients that
     share one storage would keep each other alive."""
     if len({a.dtype for a in lora_as}) > 1:
         parts = ds.split(ranks, 1)
-        return [mm_accumulate(d, x, a.dtype, 1.0) for d, a in zip(parts, lora_as, strict=True)]
-    joined = mm_accumulate(ds, x, lora_as[0].dtype, 1.0)
+        return [mm_accumulate(d, x, a.dtype, scale) for d, a in zip(parts, lora_as, strict=True)]
+    joined = mm_accumulate(ds, x, lora_as[0].dtype, scale)
     return [joined] if len(ranks) == 1 else _split_copy(joined, ranks)
