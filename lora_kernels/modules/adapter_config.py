@@ -20,7 +20,6 @@ from lora_kernels.modules.targets import is_all_linear, matcher
 _OFF: dict[str, tuple[tuple[Any, ...], str]] = {
     "bias": (("none",), "the adapter was trained with biases of the base model"),
     "lora_bias": ((False, None), "lora_B has a bias"),
-    "fan_in_fan_out": ((False, None), "the weights are stored transposed"),
     "layer_replication": ((None, []), "layers of the base model are repeated"),
     "alora_invocation_tokens": ((None, []), "the adapter is active on a part of the tokens"),
     "target_parameters": ((None, []), "parameters are adapted that are not linear layers"),

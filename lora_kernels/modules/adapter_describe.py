@@ -10,6 +10,7 @@ from collections.abc import Collection
 from torch import nn
 
 from lora_kernels.errors import InvalidArgumentError
+from lora_kernels.modules.adapted_layer import AdaptedLayer
 from lora_kernels.modules.adapter_config import AdapterConfig
 from lora_kernels.modules.lora_linear import LoRALinear
 from lora_kernels.modules.traversal import adapter_parameters, named_modules
@@ -19,7 +20,7 @@ _SHOWN = 4
 
 def describe(
     model: nn.Module,
-    layers: dict[str, LoRALinear],
+    layers: dict[str, LoRALinear | AdaptedLayer],
     saved: list[str],
     base_model_name_or_path: str | None,
     task_type: str | None,
@@ -31,14 +32,17 @@ def describe(
     """
     if "" in layers:
         raise InvalidArgumentError(
-            "the model is itself a LoRALinear; the format names layers inside a model"
+            "the model is itself an adapted layer; the format names layers inside a model"
         )
     doras = {layer.dora for layer in layers.values()}
     if len(doras) > 1:
         raise InvalidArgumentError(
             "some LoRALinear layers use DoRA and some do not; one adapter file holds one kind"
         )
-    dropouts = Counter(layer.dropout for layer in layers.values())
+    # Embeddings and LSTM have no dropout on the adapter's path (an LSTM's own is another thing).
+    dropouts = Counter(
+        layer.dropout for layer in layers.values() if not isinstance(layer, (nn.Embedding, nn.LSTM))
+    ) or Counter([0.0])
     if len(dropouts) > 1:
         warnings.warn(
             f"the layers have dropout {sorted(dropouts)}; the file has room for one and gets "

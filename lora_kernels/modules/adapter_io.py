@@ -18,7 +18,7 @@ from lora_kernels.modules.adapter_match import Match, match
 from lora_kernels.modules.adapter_tensors import PREFIX, of_layer, sort_tensors, whole
 from lora_kernels.modules.atomic_write import write_files
 from lora_kernels.modules.eligibility import check_dtype
-from lora_kernels.modules.lora_linear import LoRALinear
+from lora_kernels.modules.layer_types import ADAPTED, lstm_kinds
 from lora_kernels.modules.replace import backend_for, find_saved_modules, install
 from lora_kernels.modules.report import FUSED, LayerReport, Report
 from lora_kernels.modules.traversal import (
@@ -103,8 +103,9 @@ def load_adapter(
 ) -> Report:
     """Read an adapter that :func:`save_adapter` or PEFT wrote into `model`, in place.
 
-    Linear layers that the adapter is for become LoRALinear and everything else is frozen, as
-    :func:`replace_modules` does. Layers that are LoRALinear already must have the file's rank;
+    Layers that the adapter is for become LoRALinear (LoRAEmbedding, ... by their kind) and
+    everything else is frozen, as :func:`replace_modules` does. Adapted layers must have the file's
+    rank;
     they take its alpha and scaling rule and keep their dropout, and when there are only such
     layers nothing is frozen or unfrozen. Modules that the adapter saved whole (`modules_to_save`)
     are overwritten, and `save_adapter` will write them again.
@@ -136,13 +137,14 @@ def load_adapter(
     tensors, _ = safetensors_file.read_file(folder / WEIGHTS)
     matched = match(model, config, sort_tensors(tensors, folder / WEIGHTS), folder)
     backends = {n: backend_for(m.module, m.r) for n, m in matched.layers.items()}
-    options: dict[nn.Linear, dict[str, Any]] = {
+    options: dict[nn.Module, dict[str, Any]] = {
         m.module: {
             "r": m.r, "alpha": m.alpha, "dropout": config.dropout, "rslora": config.rslora,
             "dora": config.dora, "adapter_dtype": adapter_dtype,
+            **({"adapt": lstm_kinds(list(m.factors))} if isinstance(m.module, nn.LSTM) else {}),
         }
         for m in matched.layers.values()
-        if not isinstance(m.module, LoRALinear)
+        if not isinstance(m.module, ADAPTED)
     }  # fmt: skip
     made = install(model, options, matched.saved_modules) if options else {}
     for module in matched.saved_modules:
@@ -152,10 +154,9 @@ def load_adapter(
 
 
 @torch.no_grad()
-def _copy(matched: Match, made: dict[nn.Linear, LoRALinear], rslora: bool) -> None:
+def _copy(matched: Match, made: dict[nn.Module, nn.Module], rslora: bool) -> None:
     for entry in matched.layers.values():
-        layer = made.get(entry.module, entry.module)
-        assert isinstance(layer, LoRALinear)
+        layer: Any = made.get(entry.module, entry.module)
         layer.alpha, layer.rslora = entry.alpha, rslora
         for parameter_name, tensor in entry.factors.items():
             getattr(layer, parameter_name).copy_(tensor)

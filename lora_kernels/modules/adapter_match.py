@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lora_kernels.errors import AdapterFileError, InvalidArgumentError
 from lora_kernels.modules.adapter_config import AdapterConfig
 from lora_kernels.modules.adapter_tensors import AdapterTensors
-from lora_kernels.modules.eligibility import obstacle, weight_shape
+from lora_kernels.modules.eligibility import weight_shape
+from lora_kernels.modules.layer_types import ADAPTED, factor_shapes, is_other_kind, obstacle
 from lora_kernels.modules.lora_linear import LoRALinear
 from lora_kernels.modules.traversal import (
     adapter_parameters,
@@ -25,7 +26,7 @@ from lora_kernels.modules.traversal import (
 class LayerMatch:
     """One layer of the model and what the file has for it."""
 
-    module: nn.Linear
+    module: nn.Module
     r: int
     alpha: float
     factors: dict[str, Tensor]
@@ -62,9 +63,11 @@ def match(model: nn.Module, config: AdapterConfig, tensors: AdapterTensors, path
     adapted = {id(entry.module) for entry in found.layers.values()}
     for name, layer in lora_layers(model).items():
         if id(layer) not in adapted:
-            _reject(path, f"the file has nothing for the model's LoRALinear {name!r}")
+            kind = type(layer).__name__
+            _reject(path, f"the file has nothing for the model's {kind} {name!r}")
     for name, module in named_modules(model, duplicates=False):
-        if isinstance(module, nn.Linear) and id(module) not in adapted and config.is_target(name):
+        able = isinstance(module, nn.Linear) or is_other_kind(module)
+        if able and id(module) not in adapted and config.is_target(name):
             _reject(
                 path, f"the file has nothing for layer {name!r}, which its configuration targets"
             )
@@ -75,7 +78,7 @@ def match(model: nn.Module, config: AdapterConfig, tensors: AdapterTensors, path
 def _match_layer(
     name: str, module: nn.Module, config: AdapterConfig, factors: dict[str, Tensor], path: object
 ) -> LayerMatch:
-    if not isinstance(module, LoRALinear):
+    if not isinstance(module, ADAPTED):
         reason = obstacle(module)
         if reason:
             _reject(path, f"layer {name!r} of the model cannot carry the adapter: {reason}")
@@ -85,11 +88,14 @@ def _match_layer(
         raise InvalidArgumentError(
             f"layer {name!r} is merged; call lora_kernels.unmerge(model) first"
         )
-    assert isinstance(module, nn.Linear)
-    for parameter in (module.weight, *adapter_parameters(module)):
+    for parameter in (*module.parameters(recurse=False), *adapter_parameters(module)):
         if parameter.is_meta or type(parameter.data) is not Tensor:
             kind = "on the meta device" if parameter.is_meta else "sharded"
             _reject(path, f"layer {name!r} of the model is {kind}; load before that or after")
+    if not isinstance(module, nn.Linear):
+        return _match_other(name, module, config, factors, path)
+    if "lora_A" not in factors or factors["lora_A"].dim() != 2:
+        _reject(path, f"layer {name!r} of the file is not a linear layer's; the model's is one")
     r, k, n = factors["lora_A"].shape[0], factors["lora_A"].shape[1], factors["lora_B"].shape[0]
     out_features, in_features = weight_shape(module)
     if (n, k) != (out_features, in_features):
@@ -112,6 +118,30 @@ def _match_layer(
             f"layer {name!r} of the file has r={r}, dora={config.dora}; the model's LoRALinear "
             f"has r={module.r}, dora={module.dora}",
         )
+    return LayerMatch(module, r, config.alpha_of(name), factors)
+
+
+def _match_other(
+    name: str, module: nn.Module, config: AdapterConfig, factors: dict[str, Tensor], path: object
+) -> LayerMatch:
+    """A layer of another kind than nn.Linear: the same factors in the same shapes."""
+    if config.dora:
+        _reject(path, f"layer {name!r} is a {type(module).__name__}; DoRA is for linear layers")
+    r = config.rank_of(name)
+    wanted = factor_shapes(module, r, list(factors))
+    found = {key: tuple(tensor.shape) for key, tensor in factors.items()}
+    if wanted != found:
+        for key in sorted(wanted.keys() | found.keys()):
+            if wanted.get(key) != found.get(key):
+                has = f"{list(found[key])}" if key in found else "nothing"
+                needs = f"{list(wanted[key])}" if key in wanted else "nothing"
+                _reject(
+                    path,
+                    f"layer {name!r}, {key}: the file has {has}, the model's "
+                    f"{type(module).__name__} with r={r} needs {needs}; it is for another model",
+                )
+    if isinstance(module, ADAPTED) and module.r != r:
+        _reject(path, f"layer {name!r} of the file has r={r}, the model's has r={module.r}")
     return LayerMatch(module, r, config.alpha_of(name), factors)
 
 

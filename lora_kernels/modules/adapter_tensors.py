@@ -3,40 +3,51 @@
 base_model.model.<layer>.lora_A.weight            [r, in_features]
 base_model.model.<layer>.lora_B.weight            [out_features, r]
 base_model.model.<layer>.lora_magnitude_vector    [out_features]       DoRA
+base_model.model.<layer>.lora_embedding_A         [r, num_embeddings]  embeddings; B [dim, r]
+base_model.model.<layer>.lora_A.weight            [r, in, *kernel]     convolutions; B [out, r, 1..]
+base_model.model.<layer>.lora_A.ih_l0.weight      [r, columns]         LSTM (PEFT has no such layer)
 base_model.model.<module>.<parameter>             as in the model      modules_to_save
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lora_kernels.errors import AdapterFileError
+from lora_kernels.modules.adapted_layer import AdaptedLayer
 from lora_kernels.modules.eligibility import DTYPES
 from lora_kernels.modules.lora_linear import LoRALinear
 
 PREFIX = "base_model.model."
+_PLAIN = ("lora_A", "lora_B", "lora_magnitude_vector")
 _KINDS = {
     ".lora_A.weight": "lora_A",
     ".lora_B.weight": "lora_B",
     ".lora_magnitude_vector": "lora_magnitude_vector",
     # What older versions of PEFT wrote.
     ".lora_magnitude_vector.weight": "lora_magnitude_vector",
+    ".lora_embedding_A": "lora_embedding_A",
+    ".lora_embedding_B": "lora_embedding_B",
 }
+_OF_LSTM = re.compile(r"\.lora_([AB])\.((?:ih|hh)_l\d+(?:_reverse)?)\.weight$")
 
 
 @dataclass
 class AdapterTensors:
-    """The tensors of a file: per layer by parameter name of LoRALinear, and the others."""
+    """The tensors of a file: per layer by parameter name of the adapted layer, and the others."""
 
     layers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     saved: dict[str, Tensor] = field(default_factory=dict)
 
 
-def of_layer(name: str, layer: LoRALinear) -> dict[str, Tensor]:
+def of_layer(name: str, layer: LoRALinear | AdaptedLayer) -> dict[str, Tensor]:
     """File key -> tensor of one layer; sharded parameters are gathered (a collective call)."""
+    if isinstance(layer, AdaptedLayer):
+        return {f"{PREFIX}{name}.{key}": whole(p) for key, p in layer.factors().items()}
     tensors = {
         f"{PREFIX}{name}.lora_A.weight": whole(layer.lora_A),
         f"{PREFIX}{name}.lora_B.weight": whole(layer.lora_B),
@@ -65,12 +76,16 @@ def sort_tensors(tensors: dict[str, Tensor], path: object) -> AdapterTensors:
             raise AdapterFileError(f"{path}: tensor {key!r} does not start with {PREFIX!r}")
         rest = key.removeprefix(PREFIX)
         suffix = next((s for s in _KINDS if rest.endswith(s)), None)
-        if suffix is None and any(part.startswith("lora_") for part in rest.split(".")):
+        of_lstm = _OF_LSTM.search(rest)
+        if of_lstm:
+            layer = found.layers.setdefault(rest[: of_lstm.start()], {})
+            layer[f"lora_{of_lstm.group(1)}_{of_lstm.group(2)}"] = tensor
+        elif suffix is None and any(part.startswith("lora_") for part in rest.split(".")):
             raise AdapterFileError(
-                f"{path}: tensor {key!r} is not supported; accepted: lora_A.weight, lora_B.weight "
-                "and lora_magnitude_vector of linear layers"
+                f"{path}: tensor {key!r} is not supported; accepted: lora_A.weight, lora_B.weight, "
+                "lora_magnitude_vector, lora_embedding_A and lora_embedding_B"
             )
-        if suffix is None:
+        elif suffix is None:
             found.saved[rest] = tensor
         else:
             layer = found.layers.setdefault(rest.removesuffix(suffix), {})
@@ -88,6 +103,18 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def _check_factors(name: str, factors: dict[str, Tensor], path: object) -> None:
+    for kind in list(factors):
+        other = kind.replace("_A", "_B") if "_A" in kind else kind.replace("_B", "_A")
+        if kind not in ("lora_A", "lora_B") and other not in factors:
+            raise AdapterFileError(f"{path}: layer {name!r} has no {other}")
+    plain = {k: t for k, t in factors.items() if k in _PLAIN}
+    if len(plain) < len(factors):
+        for kind, tensor in factors.items():
+            if kind in plain or tensor.dtype not in DTYPES or tensor.dim() != 2:
+                raise AdapterFileError(
+                    f"{path}: {kind} of layer {name!r} is {tensor.dtype} {list(tensor.shape)}"
+                )
+        return
     for kind in ("lora_A", "lora_B"):
         if kind not in factors:
             raise AdapterFileError(f"{path}: layer {name!r} has no {kind}")
@@ -95,10 +122,12 @@ def _check_factors(name: str, factors: dict[str, Tensor], path: object) -> None:
         if tensor.dtype not in DTYPES:
             raise AdapterFileError(f"{path}: {kind} of layer {name!r} is {tensor.dtype}")
     a, b = factors["lora_A"], factors["lora_B"]
-    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or a.shape[0] < 1:
+    fit = a.dim() == b.dim() and 2 <= a.dim() <= 5 and 1 <= a.shape[0] == b.shape[1]
+    if not fit or any(size != 1 for size in b.shape[2:]):
         raise AdapterFileError(
             f"{path}: layer {name!r} has lora_A {list(a.shape)} and lora_B {list(b.shape)}; "
-            "accepted: [r, in_features] and [out_features, r] of a linear layer"
+            "accepted: [r, in_features] and [out_features, r] of a linear layer, "
+            "[r, in, *kernel] and [out, r, 1, ...] of a convolution"
         )
     magnitude = factors.get("lora_magnitude_vector")
     if magnitude is not None and magnitude.shape != (b.shape[0],):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lora_kernels.errors import InvalidArgumentError
 from lora_kernels.modules import dora as dora_composition
+from lora_kernels.modules.adapted_layer import AdaptedLayer
 from lora_kernels.modules.eligibility import check_dtype, check_hyperparameters, obstacle
 from lora_kernels.ops import lora_linear
 
@@ -177,12 +178,12 @@ class LoRALinear(nn.Linear):
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Inside, every LoRALinear of `model` is the plain linear; on leaving, as it was before.
+    """Inside, every adapted layer of `model` is the plain one; on leaving, as it was before.
 
     Raises:
         InvalidArgumentError: a layer is merged; its weight no longer is the plain one.
     """
-    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    layers = [m for m in model.modules() if isinstance(m, (LoRALinear, AdaptedLayer))]
     if any(layer.merged for layer in layers):
         raise InvalidArgumentError(
             "a merged adapter cannot be disabled; call lora_kernels.unmerge(model) first"

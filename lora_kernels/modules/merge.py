@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from lora_kernels.errors import InvalidArgumentError
 from lora_kernels.modules import dora
+from lora_kernels.modules.adapted_layer import AdaptedLayer
 from lora_kernels.modules.lora_linear import LoRALinear
 from lora_kernels.modules.quant_lora_linear import QuantLoRALinear
 from lora_kernels.modules.quant_merge import (
@@ -67,7 +69,9 @@ def merge(
     quantized = {n: m for n, m in every.items() if isinstance(m, QuantLoRALinear)}
     layers = {n: m for n, m in every.items() if n not in quantized}
     if exact and quantized:
-        raise InvalidArgumentError("exact=True; merged quantized layers are replaced, copy the model")
+        raise InvalidArgumentError(
+            "exact=True; merged quantized layers are replaced, copy the model"
+        )
     if not quantized and (onto != DEQUANTIZED or requantize is not False):
         raise InvalidArgumentError("onto and requantize are for quantized layers; there is none")
     target = Target.of(onto, requantize)
@@ -75,8 +79,12 @@ def merge(
     if safe:
         try_quantized(quantized, target)
         for name, layer in layers.items():
-            _check_finite(name, _merged_weight(layer), "merging")
+            for weight in _results(layer, _merged_weight):
+                _check_finite(name, weight, "merging")
     for layer in layers.values():
+        if isinstance(layer, AdaptedLayer):
+            layer.merge(exact)
+            continue
         state = {_ORIGINAL: layer.weight.detach().to("cpu", copy=True)} if exact else {}
         if layer.dora and not exact:
             state[_RATIO] = dora.magnitude_ratio(layer)
@@ -103,32 +111,55 @@ def unmerge(model: nn.Module) -> list[str]:
     layers = {n: m for n, m in _checked_layers(model, "unmerge_adapter()").items() if m.merged}
     for name, layer in layers.items():
         if _ORIGINAL not in layer._unmerge_state:
-            _check_finite(name, _unmerged_weight(layer), "unmerging")
+            for weight in _results(layer, _unmerged_weight):
+                _check_finite(name, weight, "unmerging")
     for layer in layers.values():
+        if isinstance(layer, AdaptedLayer):
+            layer.unmerge()
+            continue
         layer.weight.copy_(_unmerged_weight(layer))
         layer._unmerge_state = {}
         layer.merged = False
     return list(layers)
 
 
-def _checked_layers(model: nn.Module, peft_method: str) -> dict[str, LoRALinear]:
+def _results(
+    layer: LoRALinear | AdaptedLayer, of_linear: Callable[[LoRALinear], Tensor]
+) -> list[Tensor]:
+    """The weights that merging, or its undoing, would give this layer."""
+    if isinstance(layer, LoRALinear):
+        return [of_linear(layer)]
+    sign = 1.0 if of_linear is _merged_weight else -1.0
+    return list(layer.merged_weights(sign).values())
+
+
+def _checked_layers(model: nn.Module, peft_method: str) -> dict[str, LoRALinear | AdaptedLayer]:
     return require_lora_layers(model, f"its own {peft_method}")
 
 
-def _check_weights(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
+def _check_weights(model: nn.Module, layers: dict[str, LoRALinear | AdaptedLayer]) -> None:
     owners = tensor_owners(unwrap(model))
-    for name, layer in layers.items():
-        if layer.weight.is_meta or type(layer.weight.data) is not Tensor:
-            kind = "on the meta device" if layer.weight.is_meta else "sharded"
+    weights = [
+        (name, layer, weight) for name, layer in layers.items() for weight in _weights_of(layer)
+    ]
+    for name, layer, weight in weights:
+        if weight.is_meta or type(weight.data) is not Tensor:
+            kind = "on the meta device" if weight.is_meta else "sharded"
             raise InvalidArgumentError(f"layer {name!r} cannot be merged: its weight is {kind}")
         other = next(
-            (o.name for o in owners.get(memory(layer.weight), []) if o.module is not layer), None
+            (o.name for o in owners.get(memory(weight), []) if o.module is not layer), None
         )
         if other is not None:
             raise InvalidArgumentError(
                 f"layer {name!r} cannot be merged: its weight is tied to {other!r}, which would "
                 "change, too; untie them first"
             )
+
+
+def _weights_of(layer: LoRALinear | AdaptedLayer) -> list[Tensor]:
+    if isinstance(layer, LoRALinear):
+        return [layer.weight]
+    return [getattr(layer, name) for name in layer.updates()]
 
 
 def _merged_weight(layer: LoRALinear) -> Tensor:

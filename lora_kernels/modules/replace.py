@@ -10,14 +10,11 @@ import torch
 from torch import nn
 
 from lora_kernels.errors import InvalidArgumentError
-from lora_kernels.modules.eligibility import (
-    check_dtype,
-    check_hyperparameters,
-    obstacle,
-    weight_shape,
-)
+from lora_kernels.modules.eligibility import check_dtype, check_hyperparameters, weight_shape
 from lora_kernels.modules.encoder_fast_path import disable_where_adapted
+from lora_kernels.modules.layer_types import ADAPTED, adapt, is_other_kind, obstacle
 from lora_kernels.modules.lora_linear import LoRALinear
+from lora_kernels.modules.lora_transposed_linear import is_conv1d
 from lora_kernels.modules.quant_linear import QuantLinear
 from lora_kernels.modules.quant_lora_linear import QuantLoRALinear
 from lora_kernels.modules.quant_options import QuantOptions, quant_options
@@ -62,9 +59,11 @@ def replace_modules(
     Args:
         model: any module. Its weights are shared with the new layers, not copied.
         r, alpha, dropout, rslora, dora, adapter_dtype: as in :class:`LoRALinear`.
-        targets: ``"all-linear"``: every linear layer except the output head of a model that has
-            one (output embeddings, or the classification head ``score`` or ``classifier``); a list
-            of module names or their endings; or a regular expression for the whole name.
+        targets: ``"all-linear"``: every linear layer (transformers' Conv1D too) except the output
+            head of a model that has one (output embeddings, or the classification head ``score``
+            or ``classifier``); a list of module names or their endings; or a regular expression
+            for the whole name. Embeddings, convolutions and LSTMs that are named become
+            :class:`LoRAEmbedding`, :class:`LoRAConv1d` (2d, 3d) and :class:`LoRALSTM`.
         quant: quantize the weights of the layers on the way (QLoRA): a format name of
             :func:`lora_kernels.ops.quantize` (``"nf4"``, ``"int8"``, ...) or an object with its
             options (:class:`lora_kernels.QuantConfig`). The layers become
@@ -76,8 +75,8 @@ def replace_modules(
             classification head, say). :func:`save_adapter` writes them with the adapter.
 
     Returns:
-        A report with every linear layer: ``fused``, or ``stock`` with the reason. Only layers
-        whose type is exactly torch.nn.Linear or QuantLinear are replaced.
+        A report with every linear layer and every named one: ``fused``, or ``stock`` with the
+        reason. Only layers whose type is exactly the torch class or QuantLinear are replaced.
 
     A layer that is reached under several names is replaced under all of them. On an error the
     model is as it was.
@@ -95,7 +94,7 @@ def replace_modules(
     refuse_peft(model, "lora_kernels.apply(model)")
     saved = find_saved_modules(model, modules_to_save)
     kept = getattr(model, "_keep_in_fp32_modules", None) or () if quant is not None else ()
-    plan = _plan(model, targets, exclude, saved, kept)
+    plan = _plan(model, targets, exclude, saved, kept, quant is not None)
     options = {
         "r": r, "alpha": alpha, "dropout": dropout, "rslora": rslora, "dora": dora,
         "adapter_dtype": adapter_dtype,
@@ -107,12 +106,12 @@ def replace_modules(
     names = {id(m): name for name, m in chosen.items()}
     made = install(
         model,
-        {m: options for m in chosen.values() if type(m) in (nn.Linear, QuantLinear)},  # type: ignore[misc]
+        {m: options for m in chosen.values() if not isinstance(m, ADAPTED)},
         trainable=list(saved.values()),
         quant=options_of_quant,
         names=names,
     )
-    return Report([_entry(name, c, made.get(c.module), r) for name, c in plan.items()])  # type: ignore[call-overload]
+    return Report([_entry(name, c, made.get(c.module), r) for name, c in plan.items()])
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ def find_saved_modules(model: nn.Module, names: Sequence[str]) -> dict[str, nn.M
         hits = {name: m for name, m in named_modules(model, duplicates=False) if matches(name)}
         if not hits:
             raise InvalidArgumentError(f"modules_to_save: the model has no module {wanted!r}")
-        if any(isinstance(inner, LoRALinear) for m in hits.values() for inner in m.modules()):
+        if any(isinstance(inner, ADAPTED) for m in hits.values() for inner in m.modules()):
             raise InvalidArgumentError(f"modules_to_save: {wanted!r} already has an adapter")
         found |= hits
     tied = tied_outside(model, list(found.values()))
@@ -147,6 +146,7 @@ def _plan(
     exclude: str | Sequence[str],
     saved: dict[str, nn.Module],
     in_fp32: Collection[str] = (),
+    quantizes: bool = False,
 ) -> dict[str, _Choice]:
     """First name -> what to do with it, for every linear layer and every match."""
     everything = is_all_linear(targets)
@@ -165,7 +165,7 @@ def _plan(
     plan, usable = {}, 0
     for key, module in modules.items():
         hit = any(targeted(name) for name in names[key])
-        linear = isinstance(module, nn.Linear)
+        linear = isinstance(module, nn.Linear) or is_conv1d(module)
         if not linear and (everything or not hit or not module._parameters):
             continue
         if key in kept:
@@ -176,8 +176,10 @@ def _plan(
             reason = "in exclude"
         elif any(part in in_fp32 for name in names[key] for part in name.split(".")):
             reason = "the model keeps it in fp32, so it is not quantized"
-        elif isinstance(module, LoRALinear):
+        elif isinstance(module, ADAPTED):
             reason, usable = "", usable + 1
+        elif quantizes and is_other_kind(module):
+            reason = f"a {type(module).__name__} layer cannot be quantized"
         else:
             reason = obstacle(module)
             if not reason and "" in names[key]:
@@ -204,12 +206,12 @@ def _raise_nothing_to_replace(targets: object, plan: dict[str, _Choice]) -> None
     )
 
 
-def _entry(name: str, choice: _Choice, made: LoRALinear | None, r: int) -> LayerReport:
+def _entry(name: str, choice: _Choice, made: nn.Module | None, r: int) -> LayerReport:
     if choice.reason:
         return LayerReport(name, STOCK, choice.reason)
-    assert isinstance(choice.module, nn.Linear)
-    present = isinstance(choice.module, LoRALinear)
-    reason = "already a LoRALinear, left as it was" if present else ""
+    present = isinstance(choice.module, ADAPTED)
+    kind = type(choice.module).__name__
+    reason = f"already a {kind}, left as it was" if present else ""
     return LayerReport(name, FUSED, reason, backend_for(made or choice.module, r))
 
 
@@ -219,8 +221,10 @@ def check_backends(linears: Iterable[nn.Linear]) -> None:
         backend_for(linear, 1)
 
 
-def backend_for(linear: nn.Linear, r: int) -> str:
+def backend_for(linear: nn.Module, r: int) -> str:
     """The backend that would run this layer on a batch of usual size."""
+    if not isinstance(linear, nn.Linear):
+        return "aten"  # torch's own kernels around two thin products
     n, k = weight_shape(linear)
     shapes: dict[str, Any] = {"M": _NOMINAL_ROWS, "K": k, "N": n, "rank": r}
     shapes["device"] = linear.weight.device.type
@@ -236,12 +240,12 @@ def backend_for(linear: nn.Linear, r: int) -> str:
 
 def install(
     model: nn.Module,
-    adapters: dict[nn.Linear, dict[str, Any]],
+    adapters: dict[nn.Module, dict[str, Any]],
     trainable: list[nn.Module],
     quant: dict[str, Any] | None = None,
     names: dict[int, str] | None = None,
-) -> dict[nn.Linear, LoRALinear]:
-    """Put a LoRALinear in the place of each key, built with its keywords; freeze the rest.
+) -> dict[nn.Module, nn.Module]:
+    """Put an adapted layer in the place of each key, built with its keywords; freeze the rest.
 
     `quant` are the keywords of :meth:`QuantLinear.from_linear`; None leaves weights as they are.
     The `trainable` modules get requires_grad, as do those of earlier calls. Nothing has changed
@@ -269,9 +273,11 @@ def install(
 
 
 def adapted(
-    linear: nn.Linear, options: dict[str, Any], quant: dict[str, Any] | None, name: str | None
-) -> LoRALinear:
+    linear: nn.Module, options: dict[str, Any], quant: dict[str, Any] | None, name: str | None
+) -> nn.Module:
     """`linear` with a new adapter, its weight quantized if it is to be or already is."""
+    if not isinstance(linear, nn.Linear):
+        return adapt(linear, options)
     if quant is not None and not isinstance(linear, QuantLinear):
         linear = QuantLinear.from_linear(linear, name=f"{name}.weight" if name else None, **quant)
     if isinstance(linear, QuantLinear):

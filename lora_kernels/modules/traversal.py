@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lora_kernels.errors import InvalidArgumentError
+from lora_kernels.modules.adapted_layer import AdaptedLayer
 from lora_kernels.modules.lora_linear import LoRALinear
 
 # Attributes through which wrappers hold the wrapped module; not part of a layer's name.
@@ -33,13 +34,14 @@ def named_modules(model: nn.Module, duplicates: bool = True) -> Iterator[tuple[s
         yield ".".join(part for part in name.split(".") if part not in _WRAPPERS), module
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """Every LoRALinear once, under its first name."""
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear | AdaptedLayer]:
+    """Every LoRALinear and every other adapted layer once, under its first name."""
     found = named_modules(unwrap(model), duplicates=False)
-    return {name: module for name, module in found if isinstance(module, LoRALinear)}
+    kinds = (LoRALinear, AdaptedLayer)
+    return {name: module for name, module in found if isinstance(module, kinds)}
 
 
-def require_lora_layers(model: nn.Module, instead: str) -> dict[str, LoRALinear]:
+def require_lora_layers(model: nn.Module, instead: str) -> dict[str, LoRALinear | AdaptedLayer]:
     """:func:`lora_layers`, or an error when there is none or the model is PEFT's."""
     refuse_peft(model, instead)
     layers = lora_layers(model)
@@ -58,7 +60,9 @@ def refuse_peft(model: nn.Module, instead: str) -> None:
 
 
 def adapter_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The adapter's parameters of a LoRALinear; none for another module."""
+    """The adapter's parameters of an adapted layer; none for another module."""
+    if isinstance(module, AdaptedLayer):
+        return list(module.factors().values())
     if not isinstance(module, LoRALinear):
         return []
     candidates = (module.lora_A, module.lora_B, module.lora_magnitude_vector)
