@@ -116,6 +116,7 @@ def emulate(
     splits: int = 0,
     tile: int | None = None,
     seed_on_device: bool = False,
+    needs: str = "xab",
 ) -> LoraLinearResults:
     """Forward and backward (without dW and dbias, which no kernel computes).
 
@@ -125,11 +126,12 @@ def emulate(
         pad: copy the adapters into aligned buffers first; without it kernels take them as they
             are, which needs the dtype of x.
         splits: of the long sums; 0 lets the launcher choose.
+        needs: gradients to compute, out of x, a and b; the others are empty.
         tile: variant of the GEMM (gemm_sm80_tiles.h); None lets the launcher choose.
     """
     i = inputs
-    x = i.x.reshape(-1, i.x.shape[-1])
-    dys = [dy.reshape(-1, dy.shape[-1]) for dy in i.dys]
+    x = i.x.flatten(0, -2)
+    dys = [dy.flatten(0, -2) for dy in i.dys]
     e = Emulator(dll, x.dtype, seed=seed, fault=fault, splits=splits, tile=tile)
     ranks = [a.shape[0] for a in i.lora_as]
     dense, padded = rank_columns(ranks, False), rank_columns(ranks, True)
@@ -145,12 +147,14 @@ def emulate(
     s, scaled_s = shrink(e, i, x, low_as, dense, padded, drop, rescale)
     ys = forward(e, i, x, scaled_s, low_bs, padded)
     s_in = e.pad([s[:, c : c + r] for c, r in zip(dense, ranks, strict=False)]) if pad else None
-    ds, dbs = dy_pass(e, i, dys, low_bs, s, s_in, dense, padded, rescale)
-    das = da(e, i, x, ds, padded, drop)
-    dx = dgrad(e, i, dys, ds, low_as, padded, drop)
+    ds, dbs = dy_pass(e, i, dys, low_bs, s, s_in, dense, padded, rescale, needs)
+    das = da(e, i, x, ds, padded, drop) if "a" in needs else []
+    dx = x.new_empty(0)
+    if "x" in needs:
+        dx = dgrad(e, i, dys, ds, low_as, padded, drop).view(i.x.shape)
     return LoraLinearResults(
         ys=[y.view(*i.x.shape[:-1], y.shape[-1]) for y in ys],
-        dx=dx.view(i.x.shape),
+        dx=dx,
         dws=[],
         das=das,
         dbs=dbs,
@@ -207,25 +211,28 @@ def forward(
 
 def dy_pass(
     e: Emulator, i: LoraLinearInputs, dys: list[Tensor], low_bs: list[Tensor], s: Tensor,
-    s_padded: list[Tensor] | None, dense: list[int], padded: list[int], rescale: float,
+    s_padded: list[Tensor] | None, dense: list[int], padded: list[int], rescale: float, needs: str,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """(dS [M, sum of padded ranks], dBs)."""
     m = s.shape[0]
-    ds = e.output(m, padded[-1])
-    dbs = [e.output(*b.shape, dtype=b.dtype) for b in i.lora_bs]
+    ds = e.output(m, padded[-1]) if "x" in needs or "a" in needs else None
+    dbs = [e.output(*b.shape, dtype=b.dtype) for b in i.lora_bs] if "b" in needs else []
     p = _base(
-        e, library.DyPassParams, m=m, members=len(dys), ds=ds.data_ptr(), ldds=padded[-1],
-        keep_scale=rescale, splits=e.splits,
+        e, library.DyPassParams, m=m, members=len(dys), 
+        ds=None if ds is None else ds.data_ptr(), ldds=padded[-1], keep_scale=rescale,
+        splits=e.splits,
     )  # fmt: skip
-    for g, (dy, b, db) in enumerate(zip(dys, low_bs, dbs, strict=True)):
+    for g, (dy, b) in enumerate(zip(dys, low_bs, strict=True)):
         part = s[:, dense[g] : dense[g + 1]] if s_padded is None else s_padded[g]
         p.member[g] = library.DyMember(
             e.given(dy), dy.stride(0), b.data_ptr(), b.stride(0), part.data_ptr(), part.stride(0),
-            dy.shape[1], b.shape[1], padded[g], i.scalings[g], db.data_ptr(), db.stride(0),
-            DTYPES[db.dtype],
+            dy.shape[1], b.shape[1], padded[g], i.scalings[g],
         )  # fmt: skip
+        if dbs:
+            p.member[g].db, p.member[g].lddb = dbs[g].data_ptr(), dbs[g].stride(0)
+            p.member[g].db_dtype = DTYPES[dbs[g].dtype]
     e.run("dy_pass", p)
-    return ds, dbs
+    return (s.new_empty(0) if ds is None else ds), dbs
 
 
 def da(

@@ -222,6 +222,32 @@ def test_wide_outputs(dll):
     check(dll, inputs)
 
 
+@pytest.mark.parametrize("needs", ["x", "a", "b", "ab", "xb"])
+def test_some_gradients(dll, needs):
+    shape = {"M": 70, "K": 136, "N": (72, 40), "rank": (8, 5)}
+    inputs = lora_linear_inputs(dtype=BF16, dropout_p=0.2, **shape)
+    everything = emulate(dll, inputs)
+    some = emulate(dll, inputs, needs=needs)
+    assert (some.dx.numel() > 0, bool(some.das), bool(some.dbs)) == tuple(k in needs for k in "xab")
+    for name, t in some.named().items():
+        assert t.numel() == 0 or torch.equal(t, everything.named()[name]), name
+
+
+@pytest.mark.parametrize("empty", ["K", "N"])
+def test_features_of_extent_zero(dll, empty):
+    """Sums over nothing: S, dS and dB are zero, Y is the bias, dX is empty or zero."""
+    m, k, n, r = 5, (0 if empty == "K" else 16), (0 if empty == "N" else 24), 4
+    inputs = LoraLinearInputs(
+        torch.ones(m, k, dtype=BF16), [torch.ones(n, k, dtype=BF16)],
+        [torch.ones(r, k, dtype=BF16)], [torch.ones(n, r, dtype=BF16)],
+        [torch.full((n,), 3.0, dtype=BF16)], [1.0], 0.0, None, [torch.ones(m, n, dtype=BF16)],
+    )  # fmt: skip
+    results = emulate(dll, inputs, pad=False)
+    assert torch.equal(results.ys[0], torch.full((m, n), 3.0, dtype=BF16))
+    for t in (results.dx, results.das[0], results.dbs[0]):
+        assert torch.equal(t, torch.zeros_like(t))
+
+
 def test_same_bits_in_every_schedule(dll):
     inputs = lora_linear_inputs(M=70, K=264, N=(72, 40), rank=(8, 5), dtype=BF16, dropout_p=0.2)
     first = emulate(dll, inputs, seed=0).named()

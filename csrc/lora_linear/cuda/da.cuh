@@ -12,7 +12,7 @@
 //           of dA.
 // Dropout   a masked copy of the tile is made in shared memory, one generator call per row and
 //           eight columns; a group makes one copy per member.
-// Resources (ptxas 13.0, sm_80) at RN = 16, 32, 64: 107, 163, 208 registers; 102, 108, 120 KiB of
+// Resources (ptxas 13.0, sm_80) at RN = 16, 32, 64: 137, 160, 209 registers; 102, 108, 120 KiB of
 //           shared memory, 32 more with dropout; 1 block per SM of 164 KiB. No spills.
 // Limits    16-bit T, rank <= 256, members <= 8; M < 2^31 rows, K < 2^31.
 #pragma once
@@ -129,7 +129,7 @@ struct DaBlock {
           const int chunk = 16 * block + 4 * step + pair / 4;
           const int at = tile_offset<kColumns>(row, chunk) + 2 * (pair % 4);
           const uint32_t value = *reinterpret_cast<const uint32_t*>(x + at);
-          *reinterpret_cast<uint32_t*>(masked() + at) = value & key.mask(w[step]);
+          *reinterpret_cast<uint32_t*>(masked() + at) = key.keep(value, w[step]);
         }
       }
     }
@@ -167,7 +167,7 @@ struct DaBlock {
 };
 
 template <class T, int RN, bool kAligned>
-__global__ void __launch_bounds__(DaShape<RN>::kThreads)
+__global__ void __launch_bounds__(DaShape<RN>::kThreads, 1)
     da_kernel(const __grid_constant__ DaArgs args) {
   using Shape = DaShape<RN>;
   constexpr int kStages = Shape::kStages;
@@ -186,9 +186,9 @@ __global__ void __launch_bounds__(DaShape<RN>::kThreads)
     const int next = s + kStages - 1, stage = s % kStages;
     if (next < steps) block.load(next, next % kStages);
     cp_async_commit();
-    if (key.threshold == 0) {
+    if (args.p.dropout.threshold == 0) {
       block.multiply(block.tile_x(stage), block.tile_s(stage), 0, RN / 8);
-    } else {
+    } else if (!key.drops_all) {
       block.consume_dropped(s, stage, key);
     }
   }

@@ -13,9 +13,11 @@
 namespace lora_kernels::lora_linear::cuda {
 
 struct DropoutKey {
-  uint32_t threshold, key0, key1;
+  uint32_t bound, key0, key1;  // bound: the threshold in the upper half
+  bool drops_all;               // then `bound` has no meaning and the caller leaves the sum at zero
 
-  LK_DEVICE explicit DropoutKey(const Dropout& d) : threshold(d.threshold) {
+  LK_DEVICE explicit DropoutKey(const Dropout& d)
+      : bound(d.threshold << 16), drops_all(d.threshold > 0xffffu) {
     key0 = d.key[0];
     key1 = d.key[1];
     if (d.threshold != 0 && d.seed != nullptr) {
@@ -39,10 +41,14 @@ struct DropoutKey {
 #endif
   }
 
-  LK_DEVICE bool keeps_low(uint32_t word) const { return (word & 0xffffu) >= threshold; }
-  LK_DEVICE bool keeps_high(uint32_t word) const { return (word >> 16) >= threshold; }
-  LK_DEVICE uint32_t mask(uint32_t word) const {
-    return (keeps_low(word) ? 0x0000ffffu : 0u) | (keeps_high(word) ? 0xffff0000u : 0u);
+  LK_DEVICE bool keeps_low(uint32_t word) const { return word << 16 >= bound; }
+  LK_DEVICE bool keeps_high(uint32_t word) const { return word >= bound; }
+
+  // A register of two elements without the dropped ones.
+  LK_DEVICE uint32_t keep(uint32_t pair, uint32_t word) const {
+    if (!keeps_low(word)) pair &= 0xffff0000u;
+    if (!keeps_high(word)) pair &= 0x0000ffffu;
+    return pair;
   }
 };
 

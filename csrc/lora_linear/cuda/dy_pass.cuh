@@ -13,7 +13,7 @@
 //           4 rank / 512 + 4 rank / (rows of a share), e.g. 1/8 + 1/8 at rank 16 and 512 rows.
 // Numerics  fp32 accumulation; partial sums added in a fixed order by dy_sum_kernel; one rounding to
 //           T for dS, one to the dtype of dB.
-// Resources (ptxas 13.0, sm_80) at RN = 16, 32, 64: 80, 124, 250 registers; 118, 140, 144 KiB of
+// Resources (ptxas 13.0, sm_80) at RN = 16, 32, 64: 111, 153, 250 registers; 118, 140, 144 KiB of
 //           shared memory; 1 block per SM, of which two thirds (half at RN = 64) is dY under way.
 // Limits    16-bit T, rank <= 256, members <= 8; M < 2^31 rows, N < 2^31.
 #pragma once
@@ -216,7 +216,7 @@ struct DyBlock {
 };
 
 template <class T, int RN, bool kAligned>
-__global__ void __launch_bounds__(DyShape<RN>::kThreads)
+__global__ void __launch_bounds__(DyShape<RN>::kThreads, 1)
     dy_pass_kernel(const __grid_constant__ DyPassArgs args) {
   using Shape = DyShape<RN>;
   constexpr int kStages = Shape::kStages, kSubs = Shape::kSubs;

@@ -15,9 +15,9 @@
 // Epilogue  bias in fp32, one rounding to T, through shared memory to rows of 16-byte stores.
 // Numerics  one fp32 sum over the terms in order, k ascending.
 // Resources (ptxas 13.0, sm_80) forward, backward, backward with masks:
-//           128 x 256 of 8 warps   220, 234, 245 registers, 96 KiB shared, 1 block per SM
-//           128 x 128 of 4 warps   236, 236, 249 registers, 64 KiB shared, 2 blocks per SM
-//           64 x 64 of 4 warps     106, 112, 119 registers, 32 KiB shared, 4 blocks per SM
+//           128 x 256 of 8 warps   220, 234, 246 registers, 96 KiB shared, 1 block per SM
+//           128 x 128 of 4 warps   236, 236, 248 registers, 64 KiB shared, 2 blocks per SM
+//           64 x 64 of 4 warps     106, 112, 120 registers, 32 KiB shared, 4 blocks per SM
 //           No spills. The loop over whole blocks of the first holds 64 HMMA in 132 (forward) or 142
 //           instructions per warp and k-block.
 // Limits    16-bit T, 16 terms; M, N, k < 2^31, row strides <= 2^24. A rank is padded to 32 inside the main loop.
@@ -372,7 +372,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
         cp_async_wait<STAGES - 2>();
         pipeline_barrier();
         block.load(loading, (stage + STAGES - 1) % STAGES);
-        block.multiply_masked(stage, p.term[term].stream, key);
+        if (!key.drops_all) block.multiply_masked(stage, p.term[term].stream, key);
         stage = stage + 1 == STAGES ? 0 : stage + 1;
       }
     }

@@ -13,7 +13,7 @@
 // Dropout   registers of X are masked between ldmatrix and mma: one generator call per row and
 //           eight columns, nothing stored. A group repeats the products per member, since each
 //           member has its own mask.
-// Resources (ptxas 13.0, sm_80) at RN = 16, 32, 64, 128: 61, 71, 93, 128 registers; 80, 72, 96, 145
+// Resources (ptxas 13.0, sm_80) at RN = 16, 32, 64, 128: 87, 96, 115, 166 registers; 80, 72, 96, 145
 //           KiB of shared memory; 2, 2, 1, 1 blocks per SM of 164 KiB. No spills.
 // Limits    16-bit T, rank <= 256, members <= 8; M < 2^31 rows, K < 2^31.
 #pragma once
@@ -177,7 +177,7 @@ struct ShrinkBlock {
           uint32_t a[4];
           load_x(x, 2 * step + odd, a);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) a[i] &= key.mask(w[i][step]);
+          for (int i = 0; i < 4; ++i) a[i] = key.keep(a[i], w[i][step]);
           multiply(a_tile, 2 * step + odd, a, first, last);
         }
       }
@@ -213,7 +213,7 @@ struct ShrinkBlock {
 };
 
 template <class T, int RN, bool kAligned>
-__global__ void __launch_bounds__(ShrinkShape<RN>::kThreads)
+__global__ void __launch_bounds__(ShrinkShape<RN>::kThreads, 1)
     shrink_kernel(const __grid_constant__ ShrinkArgs args) {
   using Shape = ShrinkShape<RN>;
   constexpr int kStages = Shape::kStages;
@@ -235,9 +235,9 @@ __global__ void __launch_bounds__(ShrinkShape<RN>::kThreads)
       block.load(block.k_begin + static_cast<int64_t>(next) * Shape::kBlockK, next % kStages);
     }
     cp_async_commit();
-    if (key.threshold == 0) {
+    if (args.p.dropout.threshold == 0) {
       block.consume(s % kStages);
-    } else {
+    } else if (!key.drops_all) {
       const int64_t k = block.k_begin + static_cast<int64_t>(s) * Shape::kBlockK;
       block.consume_dropped(s % kStages, static_cast<int>(k / 128), key);
     }
