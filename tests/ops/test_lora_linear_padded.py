@@ -374,3 +374,20 @@ def test_aten_padded_on_a_gpu(dropout_p):
         513, 264, (136, 72), 16, torch.bfloat16, dropout_p=dropout_p, device="cuda"
     )
     check(i)
+
+
+def test_torch_compile_leaves_it_right():
+    """Not traced as one graph, but a compiled model that holds it computes the same."""
+    i = lora_linear_inputs(12, 40, 20, 4, torch.float32)
+    block = block_of(i)
+    b = i.lora_bs[0].clone().requires_grad_()
+
+    def model(x: Tensor) -> Tensor:
+        rows = block.pad(x * 2.0)
+        return padded_lora_linear(rows, block, i.weights, i.lora_as, [b], [0.5])[0] + 1.0
+
+    want = model(i.x)
+    got = torch.compile(model, backend="aot_eager")(i.x)
+    assert_within_budget(got, want.detach().double(), want.detach())
+    (want_db,), (got_db,) = (torch.autograd.grad(y.sum(), b) for y in (want, got))
+    assert_within_budget(got_db, want_db.double(), want_db)

@@ -128,7 +128,6 @@ def _das(
     return [*joint_das(used, x, like, list(block.ranks), common)]
 
 
-@torch.compiler.disable
 def padded_lora_linear(
     rows: Tensor,
     block: PaddedBlock,
