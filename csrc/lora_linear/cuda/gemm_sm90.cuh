@@ -91,6 +91,7 @@ template <int kStages>
 LK_DEVICE void release(uint32_t barriers, int stage, int blocks) {
   const int lane = threadIdx.x % 32;
   if (lane < blocks) mbarrier_arrive_cluster(barriers + 8 * (kStages + stage), lane);
+  __syncwarp();  // what follows is for whole warps
 }
 
 template <bool kTransposedB>
@@ -155,6 +156,7 @@ LK_DEVICE void store_tile(const Sm90Params& p, const Sm90Work& work, uint32_t st
     const uint32_t box = staging + (2 * consumer + chunk % 2) * Tile::kBoxBytes;
     if (thread / 64 == chunk % 2) staged_bias[thread % 64] = bias[chunk / 2];
     if (thread == 0) tma_store_wait_read<1>();
+    __syncwarp();
     named_barrier(1 + consumer, 128);
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
@@ -176,6 +178,7 @@ LK_DEVICE void store_tile(const Sm90Params& p, const Sm90Work& work, uint32_t st
       if (row < p.m && column < problem.n) tma_store(&p.c[work.problem], box, column, row);
       tma_store_commit();
     }
+    __syncwarp();
   }
 }
 
@@ -217,9 +220,9 @@ LK_DEVICE void multiply_term(int k, uint32_t stages, uint32_t barriers, int cons
       wgmma_fence();
       wgmma<T, kTransposedB>(d, k_major_descriptor(a, s), descriptor_b<kTransposedB>(b, s),
                              accumulate);
+      wgmma_commit();
       accumulate = 1;
     }
-    wgmma_commit();
     wgmma_wait<1>();
     pin_registers(d);
     if (held >= 0) release<Tile::kStages>(barriers, held, blocks);
@@ -285,6 +288,7 @@ LK_DEVICE void consume(const Sm90Params& p, uint32_t stages, uint32_t staging, u
     store_tile<T, kBlockN>(p, work, staging, staged_bias, consumer, bias, d);
   }
   if (thread == 0) tma_store_wait_all();
+  __syncwarp();
 }
 
 #endif  // sm_90a
