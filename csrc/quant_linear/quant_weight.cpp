@@ -1,6 +1,5 @@
 // From the parts of a format to the Weight that kernels read.
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -82,8 +81,14 @@ void make_int4(QuantWeight& made, const std::string& layout,
   } else {
     repack_gptq(words, n, w.row_bytes / 4, out);
   }
-  const at::Tensor scales = parts[2].to(at::kFloat).t().contiguous();
-  const at::Tensor zeros = at::empty({n, groups}, at::kFloat);
+  // Read a vector past the end where K is not a whole number of groups.
+  const at::Tensor scales = at::zeros({n * groups + 16}, at::kFloat), zeros = scales.clone();
+  const at::Tensor given = parts[2].to(at::kFloat).contiguous();
+  const float* from = given.const_data_ptr<float>();
+  float* scale = scales.mutable_data_ptr<float>();
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t i = 0; i < n; ++i) scale[i * groups + g] = from[g * n + i];
+  }
   const auto* packed = reinterpret_cast<const uint32_t*>(parts[1].const_data_ptr<int32_t>());
   float* zero = zeros.mutable_data_ptr<float>();
   for (int64_t g = 0; g < groups; ++g) {
@@ -95,7 +100,7 @@ void make_int4(QuantWeight& made, const std::string& layout,
     }
   }
   w.codes = out;
-  w.scale = scales.const_data_ptr<float>();
+  w.scale = scale;
   w.zero = zero;
   made.held = {codes, scales, zeros};
   if (!awq) {

@@ -6,7 +6,8 @@
 // Phases: (0) X, A, B into tiles; (1) S per strip of rows; (2) Y, split over rows of W. In (2) W
 // is decoded where it is used: for up to 32 rows of X one group at a time beside the products, else
 // blocks of 512 x 512 in L2; where X has more rows than a chunk, a panel of 512 rows of W at a time.
-// Numerics: W, X, S and B in bf16, fp32 accumulation over all columns in the order of the steps
+// Numerics: W, X, S and B in bf16 (int8: the codes, exactly; the scale of a row multiplies the sum),
+// fp32 accumulation over all columns in the order of the steps
 // whatever the number of rows, one rounding at the store. The tile unit flushes denormals to zero.
 #pragma once
 
@@ -18,7 +19,7 @@ namespace lora_kernels::quant_linear {
 namespace {
 
 constexpr int64_t kChunkStrips = 16;   // of X, and of W in a panel: 512 rows
-constexpr int64_t kBlockGroups = 4;    // 512 columns
+constexpr int64_t kBlockGroups = 8;    // 512 columns
 constexpr int64_t kSmallPanel = 4;     // strips of W where X has up to 128 rows
 
 struct TileShared {
@@ -53,7 +54,7 @@ struct TileShared {
 struct TileOwn {
   int64_t panel;  // strips of W
   bool streamed, whole;  // W by groups; a panel of W with all its columns
-  float *scales, *sums, *tile;
+  float *scales, *sums, *tile, *update;
   bf16* w;
   bf16* dropped;
   uint32_t* masks;
@@ -73,10 +74,11 @@ struct TileOwn {
                                                                          used);
       used += round_up(count * static_cast<int64_t>(sizeof(*piece)), 64);
     };
-    const int64_t block = streamed ? 2 : (whole ? groups : std::min(groups, kBlockGroups));
+    const int64_t block = whole ? groups : std::min(groups, kBlockGroups);
     take(scales, rows.scratch_floats());
     take(tile, kStrip * kStrip);
-    take(w, panel * block * kGroupSteps * kStepTiles);
+    take(update, kStrip * kStrip);
+    take(w, streamed ? 4 * kTile : panel * block * kGroupSteps * kStepTiles);
     take(sums, streamed ? 0 : panel * std::min(x_strips, kChunkStrips) * kStrip * kStrip);
     const bool drops = p.rank > 0 && p.dropout.threshold != 0;
     take(dropped, drops ? groups * kGroupSteps * kStepTiles : 0);
@@ -252,36 +254,96 @@ inline void shrink(const FwdParams& p, const TileShared& shared, const TileOwn& 
   }
 }
 
+// c = (c * scale) * factor + update of each row; update null: none.
+inline void scale_rows(const Weight& w, int64_t n0, int64_t rows, const float* update, float* c) {
+  const __m512 factor = _mm512_set1_ps(w.factor);
+  for (int64_t i = 0; i < std::min(kStrip, rows); ++i) {
+    const __m512 scale = _mm512_set1_ps(w.scale[n0 + i]);
+    for (int64_t e = i * kStrip; e < (i + 1) * kStrip; e += 16) {
+      const __m512 v = _mm512_mul_ps(_mm512_mul_ps(_mm512_load_ps(c + e), scale), factor);
+      _mm512_store_ps(c + e, update == nullptr ? v : _mm512_add_ps(v, _mm512_load_ps(update + e)));
+    }
+  }
+}
+
+// The low-rank term of strip i of W and strip j of X into the accumulators that hold the base
+// product, then the tile to c.
+template <bool kTwoRows, bool kTwoColumns>
+inline void finish_tile(const FwdParams& p, const TileShared& shared, const TileOwn& own,
+                        const WeightRows& rows, int64_t i, int64_t j, float* c) {
+  const auto add_update = [&] {
+    add_products<kTwoRows, kTwoColumns>(shared.b + i * shared.rank_steps * kStepTiles,
+                                        shared.s + j * shared.rank_steps * kStepTiles,
+                                        shared.rank_steps, shared.width);
+  };
+  if (!rows.unscaled()) {
+    add_update();
+    store_tiles<kTwoRows, kTwoColumns>(c);
+    return;
+  }
+  store_tiles<kTwoRows, kTwoColumns>(c);
+  if (p.rank > 0) {
+    zero_tiles<kTwoRows, kTwoColumns>();
+    add_update();
+    store_tiles<kTwoRows, kTwoColumns>(own.update);
+  }
+  scale_rows(*p.weight, i * kStrip, p.weight->n - i * kStrip, p.rank > 0 ? own.update : nullptr, c);
+}
+
 inline void store_result(const FwdParams& p, const float* c, int64_t n0, int64_t row, bool stream) {
   store_transposed(c, std::min(kStrip, p.weight->n - n0), std::min(kStrip, p.m - row),
                    p.bias == nullptr ? nullptr : p.bias + n0,
                    static_cast<bf16*>(p.y) + row * p.ldy + n0, p.ldy, stream);
 }
 
-// One strip of X: rows of W are decoded a group ahead of the products, so that the tile unit
-// waits for no store.
+// One strip of X: half strips of W are decoded one ahead of the products, so that the tile unit
+// waits for no store. The two buffers of 2 KB never share the low twelve bits of an address: a load
+// that does with an earlier store would wait for it.
+template <bool kTwoRows, bool kTwoColumns>
+inline void stream_strip(const TileShared& shared, const WeightRows& rows, int64_t ahead,
+                         bf16* buffer) {
+  constexpr int64_t kHalves = kTwoRows ? 2 : 1;
+  const int64_t stride = shared.width * 4, count = kHalves * shared.groups;
+  const auto decode_half = [&](int64_t i) {
+    rows.tiles(i % kHalves, i / kHalves, buffer + i % 2 * 2 * kTile, kTile, ahead);
+  };
+  decode_half(0);
+  for (int64_t i = 0; i < count; ++i) {
+    if (i + 1 < count) decode_half(i + 1);
+    const bf16* left = buffer + i % 2 * 2 * kTile;
+    const bf16* right = shared.x + i / kHalves * kGroupSteps * kStepTiles;
+    const bool upper = kTwoRows && i % 2 == 1;
+    for (int64_t s = 0; s < kGroupSteps; ++s, right += kStepTiles) {
+      _tile_loadd(4, left + s * kTile, 64);
+      _tile_loadd(6, right, stride);
+      if (upper) {
+        _tile_dpbf16ps(2, 4, 6);
+      } else {
+        _tile_dpbf16ps(0, 4, 6);
+      }
+      if constexpr (kTwoColumns) {
+        _tile_loadd(7, right + kTile, stride);
+        if (upper) {
+          _tile_dpbf16ps(3, 4, 7);
+        } else {
+          _tile_dpbf16ps(1, 4, 7);
+        }
+      }
+    }
+  }
+}
+
 inline void multiply_streamed(const FwdParams& p, const TileShared& shared, const TileOwn& own,
                               WeightRows& rows, Span strips) {
-  constexpr int64_t kGroupTiles = kGroupSteps * kStepTiles;
-  const Weight& w = *p.weight;
-  const int64_t row_bytes = w.layout == Layout::kFlat ? w.k / 2
-                            : w.layout == Layout::kInt4 ? w.row_bytes : w.k;
   for (int64_t i = strips.begin; i < strips.end; ++i) {
     const int64_t n0 = i * kStrip;
-    const int64_t ahead = i + 1 < strips.end ? kStrip * row_bytes : 0;
+    const int64_t ahead = i + 1 < strips.end ? kStrip * rows.row_bytes() : 0;
     rows.begin(n0, 0, shared.groups, own.scales);
-    with_shape(w.n - n0, p.m, [&](auto two_rows, auto two_columns) {
+    with_shape(p.weight->n - n0, p.m, [&](auto two_rows, auto two_columns) {
       constexpr bool R = decltype(two_rows)::value, C = decltype(two_columns)::value;
       zero_tiles<R, C>();
-      rows.group(0, own.w, ahead);
-      for (int64_t g = 0; g < shared.groups; ++g) {
-        if (g + 1 < shared.groups) rows.group(g + 1, own.w + (g + 1) % 2 * kGroupTiles, ahead);
-        add_products<R, C>(own.w + g % 2 * kGroupTiles, shared.x + g * kGroupTiles, kGroupSteps,
-                           shared.width);
-      }
-      add_products<R, C>(shared.b + i * shared.rank_steps * kStepTiles, shared.s,
-                         shared.rank_steps, shared.width);
-      store_tiles<R, C>(own.tile);
+      stream_strip<R, C>(shared, rows, ahead, own.w);
+      finish_tile<R, C>(p, shared, own, rows, i, 0, own.tile);
     });
     store_result(p, own.tile, n0, 0, false);
   }
@@ -306,7 +368,9 @@ inline void multiply_blocked(const FwdParams& p, const TileShared& shared, const
           for (int64_t i = i0; i < i1; ++i) {
             rows.begin(i * kStrip, g0, g1, own.scales);
             for (int64_t g = g0; g < g1; ++g) {
-              rows.group(g, w + ((i - i0) * steps + (g - g0) * kGroupSteps) * kStepTiles, 0);
+              bf16* to = w + ((i - i0) * steps + (g - g0) * kGroupSteps) * kStepTiles;
+              rows.tiles(0, g, to, kStepTiles, 0);
+              rows.tiles(1, g, to + kTile, kStepTiles, 0);
             }
           }
         }
@@ -322,11 +386,10 @@ inline void multiply_blocked(const FwdParams& p, const TileShared& shared, const
               b == 0 ? zero_tiles<R, C>() : load_tiles<R, C>(sum);
               add_products<R, C>(left, x, steps, shared.width);
               if (last) {
-                add_products<R, C>(shared.b + i * shared.rank_steps * kStepTiles,
-                                   shared.s + j * shared.rank_steps * kStepTiles,
-                                   shared.rank_steps, shared.width);
+                finish_tile<R, C>(p, shared, own, rows, i, j, sum);
+              } else {
+                store_tiles<R, C>(sum);
               }
-              store_tiles<R, C>(sum);
             });
             if (last) store_result(p, sum, i * kStrip, row, stream);
           }

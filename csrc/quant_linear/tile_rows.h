@@ -1,10 +1,12 @@
 // Rows of operands as tiles of AMX-BF16: rows of a quantized weight and of an adapter as left
 // operands, rows of X as right ones.
 //
-// A group is 128 columns, four steps of 32. Within a group the columns of 4-bit weights come in the
-// order of their bits: word i of a row's 64 bytes holds columns 4i + 1, 4i, 4i + 3, 4i + 2 in its
-// nibbles from the lowest, and step s takes nibble s of all words. So one shift and one table
-// look-up make 32 weights. X and A are put into the same order; sums over columns do not see it.
+// A group is 64 columns, two steps of 32. Within a group the columns of 4-bit weights come in the
+// order of their bits: word i of a row's 32 bytes holds columns 4i + 1, 4i, 4i + 3, 4i + 2 in its
+// nibbles from the lowest; the first step takes the lowest nibble of all 16 words, then the second
+// nibble, the second step the other two. So one variable shift and one table look-up, whose index
+// needs no mask, make 32 weights. X and A are put into the same order; sums over columns do not see
+// it.
 //
 // Left strip (32 rows): per step two tiles of 16 rows x 32 columns.
 // Right strip (32 rows): per step up to two tiles of [column pair][row][parity], `width` rows each.
@@ -17,7 +19,7 @@
 namespace lora_kernels::quant_linear {
 namespace {
 
-constexpr int64_t kGroup = 128, kStrip = 32, kStep = 32, kGroupSteps = kGroup / kStep;
+constexpr int64_t kGroup = 64, kStrip = 32, kStep = 32, kGroupSteps = kGroup / kStep;
 constexpr int64_t kTile = 512, kStepTiles = 2 * kTile;  // elements
 
 inline __m512i as_int(__m512bh v) { return reinterpret_cast<__m512i>(v); }
@@ -33,25 +35,22 @@ inline __m512i load_bf16(const float* src, int64_t n) {
   return as_int(_mm512_cvtne2ps_pbh(high, low));
 }
 
-// Four steps in natural order -> the order of the nibbles.
-inline void nibble_order(__m512i v[4]) {
-  alignas(64) static constexpr uint16_t kEvery4th[32] = {0,  4,  8,  12, 16, 20, 24, 28,
-                                                         32, 36, 40, 44, 48, 52, 56, 60};
-  const __m512i base = _mm512_load_si512(kEvery4th);
-  __m512i out[4];
-  for (int s = 0; s < 4; ++s) {
-    const __m512i index = _mm512_add_epi16(base, _mm512_set1_epi16(static_cast<short>(s ^ 1)));
-    const __m512i low = _mm512_permutex2var_epi16(v[0], index, v[1]);
-    const __m512i high = _mm512_permutex2var_epi16(v[2], index, v[3]);
-    out[s] = _mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1);
-  }
-  for (int s = 0; s < 4; ++s) v[s] = out[s];
+// Two steps in natural order -> the order of the nibbles.
+inline void nibble_order(__m512i v[2]) {
+  alignas(64) static constexpr uint16_t kEvery4th[32] = {
+      1, 5, 9, 13, 17, 21, 25, 29, 33, 37, 41, 45, 49, 53, 57, 61,
+      0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60};
+  const __m512i first = _mm512_load_si512(kEvery4th);
+  const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(2));
+  const __m512i natural = v[0];
+  v[0] = _mm512_permutex2var_epi16(natural, first, v[1]);
+  v[1] = _mm512_permutex2var_epi16(natural, second, v[1]);
 }
 
 // One group of a row of `columns` elements, from column k.
 template <class Src>
-inline void load_group(const Src* row, int64_t k, int64_t columns, bool nibbles, __m512i v[4]) {
-  for (int s = 0; s < 4; ++s) v[s] = load_bf16(row + k + 32 * s, columns - k - 32 * s);
+inline void load_group(const Src* row, int64_t k, int64_t columns, bool nibbles, __m512i v[2]) {
+  for (int s = 0; s < 2; ++s) v[s] = load_bf16(row + k + 32 * s, columns - k - 32 * s);
   if (nibbles) nibble_order(v);
 }
 
@@ -90,7 +89,7 @@ void pack_left(const Src* src, int64_t ld, int64_t rows, int64_t columns, bool g
     const int64_t left = round_up(columns - k, kStep) / kStep;
     const int64_t steps = groups ? kGroupSteps : std::min(kGroupSteps, left);
     for (int64_t i = 0; i < kStrip; ++i) {
-      __m512i v[4] = {};
+      __m512i v[2] = {};
       if (i < rows) load_group(src + i * ld, k, columns, nibbles, v);
       for (int64_t s = 0; s < steps; ++s) {
         _mm512_store_si512(dst + s * kStepTiles + i * 32, v[s]);
@@ -105,17 +104,17 @@ inline void pack_right(const bf16* src, int64_t ld, int64_t rows, int64_t column
   const int64_t tiles = rows > 16 ? 2 : 1;
   const auto lanes = static_cast<__mmask16>((1u << width) - 1u);
   for (int64_t k = 0; k < columns; k += kGroup, dst += kGroupSteps * kStepTiles) {
-    alignas(64) bf16 group[4][kStrip][32];
+    alignas(64) bf16 group[kGroupSteps][kStrip][32];
     for (int64_t i = 0; i < 16 * tiles; ++i) {
-      __m512i v[4] = {};
+      __m512i v[2] = {};
       if (i < rows) {
-        for (int s = 0; s < 4; ++s) {
+        for (int s = 0; s < 2; ++s) {
           v[s] = load_bf16(src + i * ld + k + 32 * s, columns - k - 32 * s);
           if (keep != nullptr) v[s] = _mm512_maskz_mov_epi16(keep[i * ldkeep + k / 32 + s], v[s]);
         }
         if (nibbles) nibble_order(v);
       }
-      for (int s = 0; s < 4; ++s) _mm512_store_si512(group[s][i], v[s]);
+      for (int s = 0; s < 2; ++s) _mm512_store_si512(group[s][i], v[s]);
     }
     for (int64_t s = 0; s < kGroupSteps; ++s) {
       for (int64_t t = 0; t < tiles; ++t) {
@@ -131,27 +130,31 @@ inline void pack_right(const bf16* src, int64_t ld, int64_t rows, int64_t column
   }
 }
 
-// Rows of a quantized weight as left strips, group by group.
+// Rows of a quantized weight as left strips, half a strip of one group at a time.
 class WeightRows {
  public:
   explicit WeightRows(const Weight& w) : w_(w) {
     if (w.layout == Layout::kFlat) {
-      unit_ = std::min<int64_t>(w.block, 64);
       nibbles_ = w.k % 64 == 0 && w.block % 32 == 0;
+      row_bytes_ = w.k / 2;
     } else if (w.layout == Layout::kInt4) {
-      unit_ = std::min<int64_t>(w.block, 64);
-      nibbles_ = w.group_of == nullptr &&
-                 (w.block % 64 == 0 || w.block == 32 || w.scale_columns == 1);
-      if (w.scale_columns == 1) unit_ = 64;
+      const bool one = w.scale_columns == 1;
+      nibbles_ = w.group_of == nullptr && (w.block % 64 == 0 || w.block == 32 || one);
+      row_bytes_ = w.row_bytes;
+    } else {
+      row_bytes_ = w.k;
     }
+    unit_ = w.block == 32 ? 32 : 64;
     units_ = nibbles_ ? round_up(w.k, kGroup) / unit_ : 0;
   }
 
   // Are the columns of a group in the order of the nibbles.
   bool nibbles() const { return nibbles_; }
-  int64_t scratch_floats() const {
-    return kStrip * units_ * (w_.layout == Layout::kInt4 ? 2 : 1);
-  }
+  int64_t row_bytes() const { return row_bytes_; }
+  int64_t scratch_floats() const { return w_.layout == Layout::kFlat ? kStrip * units_ : 0; }
+
+  // Is the scale of a whole row left to the result; tiles then hold the codes, exactly.
+  bool unscaled() const { return w_.layout == Layout::kInt8; }
 
   // The scales of rows [n0, n0 + 32) in groups [g0, g1): before the groups themselves.
   void begin(int64_t n0, int64_t g0, int64_t g1, float* scratch) {
@@ -159,151 +162,157 @@ class WeightRows {
     rows_ = std::min(kStrip, w_.n - n0);
     if (!nibbles_) return;
     const int64_t first = g0 * kGroup / unit_, end = g1 * kGroup / unit_;
-    const int64_t have = std::min(end, round_up(w_.k, unit_) / unit_) - first;
-    first_ = first;
-    ld_ = end - first;
-    scale_ = scratch;
-    zero_ = scratch + kStrip * ld_;
-    for (int64_t i = 0; i < rows_; ++i) {
-      float *scale = scale_ + i * ld_, *zero = zero_ + i * ld_;
-      if (w_.layout == Layout::kFlat && w_.block == unit_) {
-        flat_scales(w_, (n0 + i) * (w_.k / unit_) + first, have, scale);
-      } else if (w_.layout == Layout::kFlat) {
-        int64_t last = -1;
-        float value = 0.0f;
-        for (int64_t u = 0; u < have; ++u) {
-          const int64_t block = ((n0 + i) * w_.k + (first + u) * unit_) / w_.block;
-          if (block != last) value = flat_scale(w_, last = block);
-          scale[u] = value;
-        }
-      } else {
-        const int64_t per = w_.scale_columns == 1 ? first + have : w_.block / unit_;
-        const int64_t row = (n0 + i) * w_.scale_columns;
-        for (int64_t u = 0; u < have; ++u) {
-          scale[u] = w_.scale[row + (first + u) / per];
-          zero[u] = w_.zero[row + (first + u) / per];
-        }
-        std::fill(zero + have, zero + ld_, 0.0f);
+    const int64_t have = std::min(end, (w_.k + unit_ - 1) / unit_) - first;
+    if (w_.layout == Layout::kInt4 || w_.k % w_.block == 0) {
+      // Whole blocks in a row: read where they are, unless they are nested.
+      const int64_t blocks =
+          w_.layout == Layout::kInt4 ? w_.scale_columns : w_.k / w_.block;
+      per_ = blocks == 1 ? end + 1 : w_.block / unit_;
+      if (w_.scale != nullptr) {
+        first_ = 0;
+        ld_ = blocks;
+        scale_ = w_.scale + n0 * blocks;
+        zero_ = w_.zero == nullptr ? nullptr : w_.zero + n0 * blocks;
+        return;
       }
-      std::fill(scale + have, scale + ld_, 0.0f);
-    }
-  }
-
-  // Group g of the rows of begin(): four steps of a left strip. `ahead` bytes further on, the codes
-  // are asked for.
-  void group(int64_t g, bf16* dst, int64_t ahead) const {
-    if (!nibbles_) {
-      for (int64_t i = 0; i < rows_; ++i) plain(g, i, dst);
-    } else if (unit_ == 64) {
-      const bool full = (g + 1) * kGroup <= w_.k;
-      if (w_.layout == Layout::kInt4) {
-        full ? halves<true, true>(g, dst, ahead) : halves<true, false>(g, dst, ahead);
-      } else {
-        full ? halves<false, true>(g, dst, ahead) : halves<false, false>(g, dst, ahead);
+      first_ = first / per_;
+      ld_ = (first + have - 1) / per_ + 1 - first_;
+      for (int64_t i = 0; i < rows_; ++i) {
+        flat_scales(w_, (n0 + i) * blocks + first_, ld_, scratch + i * ld_);
       }
     } else {
-      quarters(g, dst);
-    }
-    for (int64_t i = rows_; i < kStrip; ++i) {
-      for (int64_t s = 0; s < kGroupSteps; ++s) {
-        _mm512_store_si512(dst + s * kStepTiles + i * 32, _mm512_setzero_si512());
+      per_ = 1;
+      first_ = first;
+      ld_ = have;
+      for (int64_t i = 0; i < rows_; ++i) {
+        const int64_t element = (n0 + i) * w_.k + first * unit_;
+        for (int64_t u = 0; u < have; ++u) {
+          scratch[i * ld_ + u] = flat_scale(w_, (element + u * unit_) / w_.block);
+        }
       }
+    }
+    scale_ = scratch;
+  }
+
+  // Rows [16 half, 16 half + 16) of group g as two tiles, `stride` elements apart. The codes
+  // `ahead` bytes further on are asked for.
+  void tiles(int64_t half, int64_t g, bf16* dst, int64_t stride, int64_t ahead) const {
+    const int64_t first = 16 * half, rows = std::min<int64_t>(16, rows_ - first);
+    if (!nibbles_) {
+      for (int64_t i = 0; i < rows; ++i) plain(first + i, g, dst + i * 32, stride, ahead);
+    } else if (unit_ == 64) {
+      w_.layout == Layout::kInt4 ? look_up<true, false>(first, rows, g, dst, stride, ahead)
+                                 : look_up<false, false>(first, rows, g, dst, stride, ahead);
+    } else {
+      w_.layout == Layout::kInt4 ? look_up<true, true>(first, rows, g, dst, stride, ahead)
+                                 : look_up<false, true>(first, rows, g, dst, stride, ahead);
+    }
+    for (int64_t i = std::max<int64_t>(rows, 0); i < 16; ++i) {
+      _mm512_store_si512(dst + i * 32, _mm512_setzero_si512());
+      _mm512_store_si512(dst + stride + i * 32, _mm512_setzero_si512());
     }
   }
 
  private:
-  const uint8_t* row_codes(int64_t i) const {
-    const int64_t bytes = w_.layout == Layout::kFlat ? w_.k / 2 : w_.row_bytes;
-    return w_.codes + (n0_ + i) * bytes;
-  }
-  // 64 bytes of codes; zeros past the end of the row.
-  __m512i codes_of(const uint8_t* row, int64_t g) const {
-    const int64_t left = (w_.k + 1) / 2 - g * 64;
-    if (left >= 64) return _mm512_loadu_si512(row + g * 64);
-    return _mm512_maskz_loadu_epi8((uint64_t{1} << left) - 1u, row + g * 64);
-  }
-  __m512 table(bool zeros, int64_t i, int64_t unit) const {
-    const __m512 scale = _mm512_set1_ps(scale_[i * ld_ + unit - first_]);
-    if (!zeros) return _mm512_mul_ps(_mm512_loadu_ps(w_.table), scale);
-    const __m512 code = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return _mm512_mul_ps(_mm512_sub_ps(code, _mm512_set1_ps(zero_[i * ld_ + unit - first_])), scale);
+  // The 16 values of a block in fp32.
+  template <bool kZeros>
+  __m512 values(__m512 codebook, int64_t at) const {
+    const __m512 scale = _mm512_set1_ps(scale_[at]);
+    if constexpr (!kZeros) return _mm512_mul_ps(codebook, scale);
+    return _mm512_mul_ps(_mm512_sub_ps(codebook, _mm512_set1_ps(zero_[at])), scale);
   }
 
-  // Two scales in a group: the lower 16 words look up in one table, the upper in another.
-  template <bool kZeros, bool kFull>
-  void halves(int64_t g, bf16* dst, int64_t ahead) const {
-    const __m512i nibble = _mm512_set1_epi16(15);
-    const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
-    for (int64_t i = 0; i < rows_; ++i, dst += 32) {
-      const uint8_t* row = row_codes(i);
-      const __m512i codes = kFull ? _mm512_loadu_si512(row + g * 64) : codes_of(row, g);
-      _mm_prefetch(reinterpret_cast<const char*>(w_.codes) + ahead + (row - w_.codes) + g * 64,
-                   _MM_HINT_T1);
-      const __m512i values =
-          as_int(_mm512_cvtne2ps_pbh(table(kZeros, i, 2 * g + 1), table(kZeros, i, 2 * g)));
-      constexpr int kAndOr = 0xea;  // (a & b) | c
-      const __m512i i0 = _mm512_ternarylogic_epi32(codes, nibble, half, kAndOr);
-      const __m512i i1 =
-          _mm512_ternarylogic_epi32(_mm512_srli_epi16(codes, 4), nibble, half, kAndOr);
-      const __m512i i2 =
-          _mm512_ternarylogic_epi32(_mm512_srli_epi16(codes, 8), nibble, half, kAndOr);
-      const __m512i i3 = _mm512_or_si512(_mm512_srli_epi16(codes, 12), half);
-      _mm512_store_si512(dst, _mm512_permutexvar_epi16(i0, values));
-      _mm512_store_si512(dst + kStepTiles, _mm512_permutexvar_epi16(i1, values));
-      _mm512_store_si512(dst + 2 * kStepTiles, _mm512_permutexvar_epi16(i2, values));
-      _mm512_store_si512(dst + 3 * kStepTiles, _mm512_permutexvar_epi16(i3, values));
-    }
-  }
-
-  // Four scales in a group: eight words each, two registers of tables.
-  void quarters(int64_t g, bf16* dst) const {
-    const bool zeros = w_.layout == Layout::kInt4;
-    const __m512i nibble = _mm512_set1_epi16(15);
-    alignas(64) uint16_t offset[32];
-    for (int i = 0; i < 32; ++i) offset[i] = static_cast<uint16_t>(16 * (i / 8));
-    const __m512i quarter = _mm512_load_si512(offset);
-    for (int64_t i = 0; i < rows_; ++i, dst += 32) {
-      const __m512i codes = codes_of(row_codes(i), g);
-      const __m512i first =
-          as_int(_mm512_cvtne2ps_pbh(table(zeros, i, 4 * g + 1), table(zeros, i, 4 * g)));
-      const __m512i second =
-          as_int(_mm512_cvtne2ps_pbh(table(zeros, i, 4 * g + 3), table(zeros, i, 4 * g + 2)));
-      for (int s = 0; s < 4; ++s) {
-        const __m512i shifted = _mm512_srl_epi16(codes, _mm_cvtsi32_si128(4 * s));
-        const __m512i index = _mm512_ternarylogic_epi32(shifted, nibble, quarter, 0xea);
-        _mm512_store_si512(dst + s * kStepTiles, _mm512_permutex2var_epi16(first, index, second));
+  // kTwo: two scales in a group, 8 words each.
+  template <bool kZeros, bool kTwo>
+  void look_up(int64_t first, int64_t rows, int64_t g, bf16* dst, int64_t stride,
+               int64_t ahead) const {
+    const __m512 codebook =
+        kZeros ? _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+               : _mm512_loadu_ps(w_.table);
+    alignas(64) static constexpr uint16_t kShifts[32] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+                                                         0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4,
+                                                         4, 4, 4, 4, 4, 4, 4, 4, 4, 4};
+    const __m512i shift01 = _mm512_load_si512(kShifts);
+    const __m512i shift23 = _mm512_add_epi16(shift01, _mm512_set1_epi16(8));
+    const int64_t unit = kTwo ? 2 * g : g;
+    const int64_t at = first * ld_ + unit / per_ - first_;
+    const int64_t next = kTwo ? (unit + 1) / per_ - unit / per_ : 0;
+    alignas(64) uint16_t tables[kTwo ? 16 : 8][32];
+    if constexpr (kTwo) {
+      for (int64_t i = 0; i < rows; ++i) {
+        const __m512 low = values<kZeros>(codebook, at + i * ld_);
+        const __m512 high = values<kZeros>(codebook, at + i * ld_ + next);
+        _mm512_store_si512(tables[i], as_int(_mm512_cvtne2ps_pbh(high, low)));
       }
+    } else {
+      int64_t i = 0;
+      for (; i + 2 <= rows; i += 2) {
+        const __m512 low = values<kZeros>(codebook, at + i * ld_);
+        const __m512 high = values<kZeros>(codebook, at + (i + 1) * ld_);
+        _mm512_store_si512(tables[i / 2], as_int(_mm512_cvtne2ps_pbh(high, low)));
+      }
+      if (i < rows) {
+        const __m512 low = values<kZeros>(codebook, at + i * ld_);
+        _mm512_store_si512(tables[i / 2], as_int(_mm512_cvtne2ps_pbh(low, low)));
+      }
+    }
+    const uint8_t* row = w_.codes + (n0_ + first) * row_bytes_ + g * 32;
+    const int64_t left = row_bytes_ - g * 32;
+    const __mmask32 valid = left >= 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1u;
+    for (int64_t i = 0; i < rows; ++i, row += row_bytes_, dst += 32) {
+      const __m512i codes = _mm512_broadcast_i64x4(
+          left >= 32 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row))
+                     : _mm256_maskz_loadu_epi8(valid, row));
+      _mm_prefetch(reinterpret_cast<const char*>(row) + ahead, _MM_HINT_T1);
+      __m512i even = _mm512_srlv_epi16(codes, shift01), odd = _mm512_srlv_epi16(codes, shift23);
+      __m512i table;
+      if constexpr (kTwo) {
+        constexpr int kAndOr = 0xea;  // (a & b) | c
+        const __m512i nibble = _mm512_set1_epi16(15);
+        const __m512i half = _mm512_broadcast_i64x4(
+            _mm256_inserti128_si256(_mm256_setzero_si256(), _mm_set1_epi16(16), 1));
+        even = _mm512_ternarylogic_epi32(even, nibble, half, kAndOr);
+        odd = _mm512_ternarylogic_epi32(odd, nibble, half, kAndOr);
+        table = _mm512_load_si512(tables[i]);
+      } else {
+        table = _mm512_broadcast_i64x4(_mm256_load_si256(
+            reinterpret_cast<const __m256i*>(&tables[0][0] + 16 * i)));  // bit 4 does not matter
+      }
+      _mm512_store_si512(dst, _mm512_permutexvar_epi16(even, table));
+      _mm512_store_si512(dst + stride, _mm512_permutexvar_epi16(odd, table));
     }
   }
 
   // Any layout, columns in natural order.
-  void plain(int64_t g, int64_t i, bf16* dst) const {
+  void plain(int64_t i, int64_t g, bf16* dst, int64_t stride, int64_t ahead) const {
     const int64_t k0 = g * kGroup, count = std::min(kGroup, w_.k - k0);
-    dst += i * 32;
     if (w_.layout == Layout::kInt8 && count == kGroup) {
-      const __m512 scale = _mm512_set1_ps(w_.scale[n0_ + i]), factor = _mm512_set1_ps(w_.factor);
       const auto* q = reinterpret_cast<const __m128i*>(w_.codes + (n0_ + i) * w_.k + k0);
-      const auto wide = [&](const __m128i* p) {
-        const __m512 v = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p)));
-        return _mm512_mul_ps(_mm512_mul_ps(v, scale), factor);
+      const auto wide = [](const __m128i* p) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p)));
       };
-      for (int s = 0; s < 4; ++s, q += 2) {
-        _mm512_store_si512(dst + s * kStepTiles, as_int(_mm512_cvtne2ps_pbh(wide(q + 1), wide(q))));
-      }
+      _mm_prefetch(reinterpret_cast<const char*>(q) + ahead, _MM_HINT_T1);
+      _mm512_store_si512(dst, as_int(_mm512_cvtne2ps_pbh(wide(q + 1), wide(q))));
+      _mm512_store_si512(dst + stride, as_int(_mm512_cvtne2ps_pbh(wide(q + 3), wide(q + 2))));
       return;
     }
     alignas(64) bf16 row[kGroup];
-    decode(w_, n0_ + i, k0, count, row);
-    for (int64_t k = count; k < kGroup; ++k) row[k].bits = 0;
-    for (int s = 0; s < 4; ++s) {
-      _mm512_store_si512(dst + s * kStepTiles, _mm512_load_si512(row + 32 * s));
+    if (w_.layout == Layout::kInt8) {
+      const auto* q = reinterpret_cast<const int8_t*>(w_.codes) + (n0_ + i) * w_.k + k0;
+      for (int64_t k = 0; k < count; ++k) from_float(static_cast<float>(q[k]), row[k]);
+    } else {
+      decode(w_, n0_ + i, k0, count, row);
     }
+    for (int64_t k = count; k < kGroup; ++k) row[k].bits = 0;
+    _mm512_store_si512(dst, _mm512_load_si512(row));
+    _mm512_store_si512(dst + stride, _mm512_load_si512(row + 32));
   }
 
   const Weight& w_;
   bool nibbles_ = false;
-  int64_t unit_ = 64, units_ = 0, n0_ = 0, rows_ = 0, first_ = 0, ld_ = 0;
-  float *scale_ = nullptr, *zero_ = nullptr;
+  int64_t row_bytes_ = 0, unit_ = 64, units_ = 0, n0_ = 0, rows_ = 0;
+  int64_t per_ = 1, first_ = 0, ld_ = 0;  // units of a block; the first block; blocks of a row
+  const float *scale_ = nullptr, *zero_ = nullptr;
 };
 
 }  // namespace
