@@ -189,17 +189,17 @@ def usable(
 
 def run_case(
     case: Case, names: list[str], modes: tuple[str, ...], top: dict[str, float], timed: Timed,
-    rounds: int, count: bool = True, announce: Announce = lambda name, case: None,
+    rounds: int, count: tuple[str, ...] = MODES, announce: Announce = lambda name, case: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """One row per mode and provider; `count`: launches and memory too (needs a GPU). `announce`
-    is told which provider is about to run for the first time, and "" when all of them have."""
+    """One row per mode and provider; `count`: modes with launches and memory (needs a GPU).
+    `announce` is told which provider is about to run for the first time, and "" when all have."""
     passed, reasons = usable(names, case, announce)
     rows = []
     for mode in modes:
         works = {name: getattr(p, mode) for name, p in passed.items()}
         used: dict[str, dict[str, Any]] = {
             name: {"launches": launches(w), "peak_bytes": peak_bytes(w)}
-            if count
+            if mode in count
             else {"launches": None, "peak_bytes": None}
             for name, w in works.items()
         }
@@ -212,11 +212,12 @@ def run_case(
 
 def run_all(
     cases: tuple[Case, ...], names: list[str], modes: tuple[str, ...], top: dict[str, float],
-    timed: Timed, rounds: int, deadline: float, count: bool = True,
+    timed: Timed, rounds: int, deadline: float, count: tuple[str, ...] = MODES,
     announce: Announce = lambda name, case: None,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Rows of all cases. A case that does not start before `deadline` (time.monotonic) has rows
-    that say so."""
+    that say so. `count`: modes with launches and memory in the first case; in the others it is the
+    last of these modes alone, since the profiler takes its time."""
     for number, case in enumerate(cases):
         here = [n for n in names if n != "peft-compile" or number < COMPILED_CASES]
         if time.monotonic() >= deadline:
@@ -225,5 +226,6 @@ def run_all(
                     yield row(case, mode, name, None, "no time left", top, {})
             continue
         yield from run_case(case, here, modes, top, timed, rounds, count, announce)
+        count = count[-1:]
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

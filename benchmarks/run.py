@@ -170,7 +170,7 @@ def on_a_gpu(argv: list[str], options: argparse.Namespace) -> int:
     )
     for made in gpu.run_all(
         cases, options.providers, tuple(options.modes), result["ceilings"], timed,
-        options.rounds, math.inf, count=not options.no_memory,
+        options.rounds, math.inf, count=() if options.no_memory else gpu.MODES,
     ):  # fmt: skip
         result["rows"].append(made)
         print(gpu_report.line(made), flush=True)

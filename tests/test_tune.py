@@ -15,7 +15,8 @@ from benchmarks.providers import Case
 from benchmarks.timing import DeviceClock, Quartiles, Timing
 from lora_kernels.ops import _ledger
 from lora_kernels.ops.lora_linear import configs, problem, tuned_tiles
-from tests.test_gpu_check import FakeEvent, record, row
+from tests.test_gpu_bench import FakeEvent
+from tests.test_gpu_check import record, row
 from tools.gpu_check import parts
 
 
