@@ -3,6 +3,7 @@
 
 #include "cpu/amx_peak.h"
 #include "cpu/isa.h"
+#include "linear_cross_entropy/linear_cross_entropy_host.h"
 #include "lora_linear/lora_linear_host.h"
 #include "quant_linear/quant_linear_host.h"
 
@@ -18,6 +19,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("machine_isas", &cpu::machine_isa_names);
   m.def("set_isa_limit", &cpu::set_isa_limit, py::arg("name"));
   m.def("amx_peak_gflops", &cpu::amx_peak_gflops, py::arg("seconds"), py::arg("threads"), release());
+  m.def("linear_cross_entropy_engine", &linear_cross_entropy::engine_name, py::arg("dtype"));
+  m.def("linear_cross_entropy_rows", &linear_cross_entropy::losses_of_rows, release());
   m.def("lora_linear_engine", &lora_linear::engine_name, py::arg("dtype"));
   m.def("lora_linear_packed_bytes", &lora_linear::packed_bytes, py::arg("dtype"), py::arg("k"),
         py::arg("n"));

@@ -61,8 +61,17 @@ def _dora_linear(backend: str) -> None:
         check_dora_linear(dora_linear_inputs(70, 96, 81, 5, dtype, dropout_p=dropout_p), backend)
 
 
+def _linear_cross_entropy(backend: str) -> None:
+    from lora_kernels.testing import check_linear_cross_entropy, linear_cross_entropy_inputs
+
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = linear_cross_entropy_inputs((70,), 96, 1001, 5, dtype, label_smoothing=0.1)
+        check_linear_cross_entropy(inputs, backend)
+
+
 _CHECKS: dict[str, Callable[[str], None]] = {
     "dora_linear": _dora_linear,
+    "linear_cross_entropy": _linear_cross_entropy,
     "lora_linear": _lora_linear,
     "quant_linear": _quant_linear,
 }

@@ -11,53 +11,11 @@
 
 #include <type_traits>
 
-#if defined(__AVX__)
-#include <immintrin.h>
-#endif
-
+#include "../common/vector.h"
 #include "lora_linear.h"
 
 namespace lora_kernels::lora_linear {
 namespace {
-
-typedef float Vec __attribute__((vector_size(LK_LANES * 4)));
-typedef float VecU __attribute__((vector_size(LK_LANES * 4), aligned(4), may_alias));
-typedef uint32_t UVec __attribute__((vector_size(LK_LANES * 4)));
-typedef int32_t IVec __attribute__((vector_size(LK_LANES * 4)));
-typedef uint16_t HVec __attribute__((vector_size(LK_LANES * 2)));
-typedef uint16_t HVecU __attribute__((vector_size(LK_LANES * 2), aligned(2), may_alias));
-
-inline Vec load(const float* p) { return *reinterpret_cast<const VecU*>(p); }
-inline Vec load(const bf16* p) {
-  const HVec h = *reinterpret_cast<const HVecU*>(p);
-  return (Vec)(__builtin_convertvector(h, UVec) << 16);
-}
-inline Vec load(const fp16* p) {
-  Vec v;
-  for (int l = 0; l < LK_LANES; ++l) v[l] = to_float(p[l]);
-  return v;
-}
-inline void store_vec(float* p, Vec v) { *reinterpret_cast<VecU*>(p) = v; }
-
-// Past the cache; p is aligned to the vector.
-inline void stream_vec(float* p, Vec v) {
-#if LK_LANES == 16 && defined(__AVX512F__)
-  _mm512_stream_ps(p, (__m512)v);
-#elif LK_LANES == 8 && defined(__AVX__)
-  _mm256_stream_ps(p, (__m256)v);
-#else
-  store_vec(p, v);
-#endif
-}
-
-// All-ones lanes where bit (first + lane) of `bits` is set.
-inline IVec lanes_of(uint32_t bits, int first) {
-  IVec lane;
-  for (int l = 0; l < LK_LANES; ++l) lane[l] = l;
-  const UVec spread = (bits >> first) - UVec{};
-  return -(IVec)((spread >> (UVec)lane) & 1u);
-}
-inline Vec select(IVec keep, Vec v) { return (Vec)((IVec)v & keep); }
 
 // MR consecutive fp32 values, and the transpose of MR of them by rounds of perfect shuffles.
 typedef float Row __attribute__((vector_size(LK_MR * 4)));

@@ -5,10 +5,25 @@ from __future__ import annotations
 from lora_kernels.errors import InvalidArgumentError
 from lora_kernels.ops._spec import OpSpec
 from lora_kernels.ops.dora_linear import problem as dora_linear
+from lora_kernels.ops.linear_cross_entropy import problem as linear_cross_entropy
 from lora_kernels.ops.lora_linear import problem as lora_linear
 from lora_kernels.ops.quant_linear import problem as quant_linear
 
 OPS: tuple[OpSpec, ...] = (
+    OpSpec(
+        name="linear_cross_entropy",
+        backends=linear_cross_entropy.BACKENDS,
+        schemas=(
+            "lora_kernels::linear_cross_entropy_fwd",
+            "lora_kernels::linear_cross_entropy_grad",
+        ),
+        problem=linear_cross_entropy.LinearCrossEntropyProblem.from_shapes,
+        supports=linear_cross_entropy.supports,
+        choose=linear_cross_entropy.choose,
+        flops=linear_cross_entropy.flops,
+        min_bytes=linear_cross_entropy.min_bytes,
+        deterministic="bitwise from run to run, at a fixed number of threads",
+    ),
     OpSpec(
         name="lora_linear",
         backends=("reference", "aten", "cpu", "triton", "cuda"),

@@ -12,6 +12,12 @@ from lora_kernels.testing.dora_linear import (
     dora_linear_results,
 )
 from lora_kernels.testing.inputs import LAYOUTS, LoraLinearInputs, lora_linear_inputs, relayout
+from lora_kernels.testing.linear_cross_entropy import (
+    LinearCrossEntropyInputs,
+    check_linear_cross_entropy,
+    linear_cross_entropy_inputs,
+    linear_cross_entropy_op,
+)
 from lora_kernels.testing.oracle import LoraLinearResults, lora_linear_results, yardstick
 from lora_kernels.testing.poison import poisoned_empty
 from lora_kernels.testing.quant_linear import (
@@ -25,18 +31,22 @@ __all__ = [
     "LAYOUTS",
     "BudgetExceededError",
     "DoraLinearInputs",
+    "LinearCrossEntropyInputs",
     "LoraLinearInputs",
     "LoraLinearResults",
     "Margin",
     "QuantLinearInputs",
     "assert_within_budget",
     "check_dora_linear",
+    "check_linear_cross_entropy",
     "check_lora_linear",
     "check_quant_linear",
     "compare",
     "dora_linear_inputs",
     "dora_linear_op",
     "dora_linear_results",
+    "linear_cross_entropy_inputs",
+    "linear_cross_entropy_op",
     "lora_linear_inputs",
     "lora_linear_op",
     "lora_linear_results",

@@ -1,0 +1,101 @@
+"""The problem description that predicates, `explain`, benchmarks and tests share."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, fields
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from lora_kernels.errors import InvalidArgumentError
+from lora_kernels.ops import _dispatch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+BACKENDS = ("reference", "aten", "cpu")
+OP = "linear_cross_entropy"
+
+
+@dataclass(frozen=True)
+class LinearCrossEntropyProblem:
+    """Losses [M] from hidden states [M, K] and a head [V, K]; `rank` 0: no adapter."""
+
+    M: int
+    K: int
+    V: int
+    rank: int = 0
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    @classmethod
+    def of(cls, hidden: Tensor, weight: Tensor, lora_a: Tensor | None) -> LinearCrossEntropyProblem:
+        return cls(
+            M=hidden.shape[0],
+            K=hidden.shape[1],
+            V=weight.shape[0],
+            rank=0 if lora_a is None else lora_a.shape[0],
+            dtype=hidden.dtype,
+            device=hidden.device.type,
+        )
+
+    @classmethod
+    def from_shapes(cls, **shapes: object) -> LinearCrossEntropyProblem:
+        """From keywords M, K, V, rank, dtype, device: for `lk.explain`."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(shapes) - known)
+        if unknown:
+            raise InvalidArgumentError(
+                f"unknown argument {unknown[0]!r}; accepted: {', '.join(sorted(known))}"
+            )
+        missing = sorted({"M", "K", "V"} - set(shapes))
+        if missing:
+            raise InvalidArgumentError(f"argument {missing[0]!r} is missing; needed: M, K, V")
+        dtype = shapes.get("dtype", torch.float32)
+        if isinstance(dtype, str):
+            shapes["dtype"] = getattr(torch, dtype.removeprefix("torch."), None)
+        if shapes.get("dtype", torch.float32) not in DTYPES:
+            raise InvalidArgumentError(
+                f"dtype={dtype!r} is not supported; accepted: "
+                + ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+            )
+        return cls(**shapes)  # type: ignore[arg-type]
+
+
+def supports(backend: str, problem: LinearCrossEntropyProblem) -> tuple[bool, str]:
+    """Can this backend run this problem; the reason is for people."""
+    if backend == "reference":
+        return True, "plain PyTorch, all logits at once"
+    if backend == "aten":
+        return True, "library GEMMs, some rows of logits at a time"
+    if backend == "cpu":
+        from lora_kernels.ops.linear_cross_entropy import cpu
+
+        return cpu.supports(problem)
+    return False, f"{OP} has no {backend} kernels"
+
+
+def choose(problem: LinearCrossEntropyProblem, requested: str | None = None) -> tuple[str, str]:
+    """(backend, reason) that would run `problem`."""
+    name = _dispatch.requested_backend(requested)
+    preference = ("cpu",) if problem.device == "cpu" else ()
+    return _dispatch.resolve(OP, name, preference, lambda b: supports(b, problem))
+
+
+def launcher(problem: LinearCrossEntropyProblem, requested: str) -> ModuleType:
+    name, _ = choose(problem, requested)
+    return importlib.import_module(f"lora_kernels.ops.{OP}.{name}")
+
+
+def flops(problem: LinearCrossEntropyProblem, direction: str) -> float:
+    """Multiply-adds count two. `fwd`: logits; `bwd`: logits again, dHidden and the adapter."""
+    m, k, v, r = problem.M, problem.K, problem.V, problem.rank
+    logits = 2.0 * m * v * k + 2.0 * m * r * (k + v)
+    return logits if direction == "fwd" else 2.0 * logits + 2.0 * m * r * (k + v)
+
+
+def min_bytes(problem: LinearCrossEntropyProblem, direction: str) -> float:
+    """Every operand read once, every result written once; no logits."""
+    e, m, k, v, r = problem.dtype.itemsize, problem.M, problem.K, problem.V, problem.rank
+    fwd = e * (m * k + v * k + r * (k + v)) + 8 * m
+    return float(fwd if direction == "fwd" else fwd + e * m * k + 4 * r * (k + v))
