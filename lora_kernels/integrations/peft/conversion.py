@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -13,8 +14,10 @@ from torch import nn
 from lora_kernels.errors import InvalidArgumentError, StrictFallbackError
 from lora_kernels.integrations.peft import eligibility
 from lora_kernels.integrations.peft.fallback import warn_once
-from lora_kernels.integrations.peft.linear import FusedLoraLinear
+from lora_kernels.integrations.peft.linear import FusedLoraLinear, FusedQuantLoraLinear
+from lora_kernels.integrations.peft.quant_base import is_quantized, quantized_base
 from lora_kernels.integrations.peft.report import ApplyReport
+from lora_kernels.modules.quant_linear import QuantLinear
 from lora_kernels.modules.report import FUSED, STOCK, LayerReport
 from lora_kernels.ops import _dispatch, explain
 
@@ -54,7 +57,7 @@ def unapply(model: nn.Module) -> int:
     Raises:
         InvalidArgumentError: `model` is not a torch.nn.Module.
     """
-    return sum(_swap(module, FusedLoraLinear, Linear) for module in _checked(model).modules())
+    return sum(_to_stock(module) for module in _checked(model).modules())
 
 
 @contextmanager
@@ -69,7 +72,7 @@ def applied(model: nn.Module) -> Iterator[ApplyReport]:
         yield report
     finally:
         for module in changed:
-            _swap(module, FusedLoraLinear, Linear)
+            _to_stock(module)
 
 
 def _checked(model: Any) -> nn.Module:
@@ -98,10 +101,10 @@ def _apply(model: nn.Module) -> tuple[ApplyReport, list[nn.Module]]:
     _announce(report)
     changed = []
     for (_, layer), able in zip(layers, convertible, strict=True):
-        if able and _swap(layer, Linear, FusedLoraLinear):
+        if able and _to_fused(layer):
             changed.append(layer)
         elif not able:
-            _swap(layer, FusedLoraLinear, Linear)
+            _to_stock(layer)
     return report, changed
 
 
@@ -113,12 +116,12 @@ def _look_at(layer: LoraLayer, sharded: bool) -> tuple[str, bool]:
     """
     if _dispatch.disabled("lora_linear", "apply"):
         return "disabled by LORA_KERNELS_DISABLE", False
-    if _plain_class(type(layer)) not in (Linear, FusedLoraLinear):
+    known = stock_classes()
+    if _plain_class(type(layer)) not in (*known, *known.values()):
         name = eligibility.qualified_name(type(layer))
         if isinstance(layer, Linear):
             return f"{name} is a subclass of lora.Linear that may compute something else", False
         return f"{name} has no fused path", False
-    assert isinstance(layer, Linear)
     if "forward" in layer.__dict__:
         return "the layer has a forward of its own on the instance", False
     reasons = {adapter: _adapter_reason(layer, adapter, sharded) for adapter in layer.lora_A}
@@ -131,11 +134,14 @@ def _look_at(layer: LoraLayer, sharded: bool) -> tuple[str, bool]:
     return reasons[active[0]] if active else ("" if able else next(iter(reasons.values()))), able
 
 
-def _adapter_reason(layer: Linear, adapter: str, sharded: bool) -> str:
+def _adapter_reason(layer: LoraLayer, adapter: str, sharded: bool) -> str:
     parts = eligibility.parts_of(layer, adapter)
     reason = eligibility.layer_reason(layer, adapter, parts)
     if reason:
         return reason
+    if is_quantized(parts.base):
+        # What a call reads may not be there yet: quantization, shards, devices.
+        return ""
     # A call checks again; by then weights on meta are loaded and FSDP2 has gathered its shards.
     named = [(n, t) for n, t in eligibility.named_parameters(parts) if not t.is_meta]
     if sharded:
@@ -145,6 +151,18 @@ def _adapter_reason(layer: Linear, adapter: str, sharded: bool) -> str:
 
 def _backend(layer: Any) -> str:
     weight, adapter = layer.base_layer.weight, next(iter(layer.r))
+    base, _ = quantized_base(layer.base_layer) if is_quantized(layer.base_layer) else (None, "")
+    if base is not None:
+        s = base.q.spec
+        answer = explain(
+            "quant_linear", M=_ROWS, K=s.columns, N=s.rows, rank=layer.r[adapter],
+            format=s.format, layout=s.layout, block_size=s.block_size,
+            nested=s.nested_block_size > 0, act_order=s.act_order,
+            dtype=base.compute_dtype or s.dtype, device=base.q.device.type,
+        )  # fmt: skip
+        return str(answer["backend"])
+    if is_quantized(layer.base_layer):
+        return "aten"
     problem = explain(
         "lora_linear", M=_ROWS, K=layer.in_features, N=layer.out_features, rank=layer.r[adapter],
         dtype=weight.dtype, weight_dtype=weight.dtype, device=weight.device.type,
@@ -172,15 +190,45 @@ def _plain_class(cls: type) -> type:
     return cls
 
 
-def _swap(module: nn.Module, old: type[Linear], new: type[Linear]) -> bool:
+def stock_classes() -> dict[type, type]:
+    """Fused class -> PEFT's class. Those over bitsandbytes' layers are known once PEFT has imported
+    its module for them, before which no such layer exists."""
+    known: dict[type, type] = {FusedLoraLinear: Linear, FusedQuantLoraLinear: Linear}
+    if hasattr(sys.modules.get("peft.tuners.lora.bnb"), "Linear4bit"):
+        from lora_kernels.integrations.peft.bitsandbytes_linear import STOCK_CLASSES
+
+        known |= STOCK_CLASSES
+    return known
+
+
+def _to_fused(layer: Any) -> bool:
+    """Change a stock layer into its fused class; False for any other module."""
+    for fused, stock in stock_classes().items():
+        if stock is Linear and (fused is FusedQuantLoraLinear) != _over_quant_linear(layer):
+            continue
+        if _swap(layer, stock, fused):
+            return True
+    return False
+
+
+def _over_quant_linear(layer: Any) -> bool:
+    return type(layer.get_base_layer()) is QuantLinear
+
+
+def _to_stock(module: nn.Module) -> bool:
+    """Change a fused layer back; False for any other module."""
+    return any(_swap(module, fused, stock) for fused, stock in stock_classes().items())
+
+
+def _swap(module: nn.Module, old: Any, new: Any) -> bool:
     """Change the class of a module of exactly class `old`; False for any other."""
-    cls = type(module)
+    cls, was, now = type(module), old.forward, new.forward
     if _plain_class(cls) is not old:
         return False
     for key, value in module.__dict__.items():
         # accelerate keeps the method it wraps on the instance; it has to follow the class
-        if getattr(value, "__func__", None) is old.forward:
-            module.__dict__[key] = MethodType(new.forward, module)
+        if getattr(value, "__func__", None) is was:
+            module.__dict__[key] = MethodType(now, module)
     if cls is old:
         module.__class__ = new
     else:

@@ -11,16 +11,18 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
-_BASES = (nn.Linear, Conv1D)
+from lora_kernels.integrations.peft.quant_base import is_quantized
+
+_BASES = (nn.Linear, Conv1D)  # and the quantized ones that quant_base.py knows
 _DROPOUTS = (nn.Dropout, nn.Identity)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DEVICES = ("cpu", "cuda", "meta")
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
 
@@ -34,7 +36,7 @@ class Parts(NamedTuple):
     dropout: Any
 
 
-def parts_of(layer: Linear, adapter: str) -> Parts:
+def parts_of(layer: Any, adapter: str) -> Parts:
     # Attribute access on a module costs more than all checks on it together.
     modules: Any = layer._modules
     return Parts(
@@ -61,13 +63,13 @@ def qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def layer_reason(layer: Linear, adapter: str, parts: Parts) -> str:
+def layer_reason(layer: LoraLayer, adapter: str, parts: Parts) -> str:
     """Why `adapter` of this layer cannot be fused, from the modules alone; "" when it can."""
     if adapter in layer.lora_variant:
         kind = "DoRA" if layer.use_dora.get(adapter) else "a LoRA variant"
         return f"the adapter is {kind} ({type(layer.lora_variant[adapter]).__name__})"
     base, lora_a, lora_b, dropout = parts
-    if type(base) not in _BASES:
+    if type(base) not in _BASES and not is_quantized(base):
         return f"base_layer is {qualified_name(type(base))}, not torch.nn.Linear"
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
         odd = type(lora_b if type(lora_a) is nn.Linear else lora_a)
@@ -131,18 +133,23 @@ def parameters_reason(named: list[tuple[str, Tensor]]) -> str:
             return f"{name} is a {qualified_name(type(t))}, not a plain tensor"
         if hasattr(t, "ds_id"):
             return f"{name} is partitioned by DeepSpeed ZeRO-3"
-        if t.dtype not in _DTYPES:
+        if t.dtype not in DTYPES:
             return f"{name} is {t.dtype}"
         if t.device != device:
             return f"{name} is on {t.device.type} but base_layer.weight is on {device.type}"
     return ""
 
 
-def tensor_reason(layer: Linear, x: Any, named: list[tuple[str, Tensor]]) -> str:
-    """Why this input and these parameters cannot be fused; "" when they can."""
+def input_reason(x: Any) -> str:
+    """Why `x` cannot be an input of the op."""
     if type(x) not in _PLAIN or x.is_nested or x.layout is not torch.strided:
         return f"the input is a {qualified_name(type(x))} that is not a plain dense tensor"
-    reason = parameters_reason(named)
+    return ""
+
+
+def tensor_reason(layer: LoraLayer, x: Any, named: list[tuple[str, Tensor]]) -> str:
+    """Why this input and these parameters cannot be fused; "" when they can."""
+    reason = input_reason(x) or parameters_reason(named)
     if reason:
         return reason
     weight, lora_a, lora_b = named[0][1], named[1][1], named[2][1]
@@ -153,7 +160,7 @@ def tensor_reason(layer: Linear, x: Any, named: list[tuple[str, Tensor]]) -> str
     dtype = x.dtype
     # Autocast does not know the device type meta and raises for it.
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        if dtype not in _DTYPES or torch.float64 in (dtype, *(t.dtype for _, t in named)):
+        if dtype not in DTYPES or torch.float64 in (dtype, *(t.dtype for _, t in named)):
             return f"autocast does not convert all of {dtype} inputs and {weight.dtype} weights"
         return ""
     for name, t in named:

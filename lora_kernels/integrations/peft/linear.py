@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft.tuners.lora.layer import VARIANT_KWARG_KEYS, Linear
+from peft.tuners.lora.layer import VARIANT_KWARG_KEYS, Linear, LoraLayer
 from torch import Tensor, nn
 
-from lora_kernels.integrations.peft import eligibility
+from lora_kernels.integrations.peft import eligibility, quant_linear
 from lora_kernels.integrations.peft.eligibility import Parts, parts_of
 from lora_kernels.integrations.peft.fallback import call_falls_back
+from lora_kernels.integrations.peft.quant_base import is_quantized
 from lora_kernels.ops import lora_linear
 
 # Keywords that PEFT's hooks add. The offsets of activated LoRA concern adapters that are variants,
@@ -33,19 +34,9 @@ class FusedLoraLinear(Linear):
         Raises:
             StrictFallbackError: such a call under ``LORA_KERNELS_STRICT=1``.
         """
-        adapter, reason = _adapter_of_call(self, args, kwargs)
-        if adapter:
-            parts = parts_of(self, adapter)
-            reason = (
-                eligibility.layer_reason(self, adapter, parts)
-                or eligibility.mode_reason()
-                or eligibility.tensor_reason(self, x, eligibility.named_parameters(parts))
-            )
-            if not reason:
-                return _fused(x, parts, self.scaling[adapter])
-        if reason:
-            call_falls_back(reason)
-        return Linear.forward(self, x, *args, **kwargs)  # not super(): see conversion._swap
+        y = fused_call(self, x, args, kwargs)
+        # Not super(): see conversion._swap.
+        return Linear.forward(self, x, *args, **kwargs) if y is None else y
 
     def _get_name(self) -> str:
         return Linear.__name__  # printed as lora.Linear, which callers may look for
@@ -54,8 +45,41 @@ class FusedLoraLinear(Linear):
         return "forward fused by lora_kernels"
 
 
+class FusedQuantLoraLinear(FusedLoraLinear):
+    """The same over a QuantLinear, whose packed weight PEFT's own merging cannot add to."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """As PEFT; the sum is quantized again."""
+        quant_linear.merge(self, safe_merge, adapter_names)
+
+    def unmerge(self) -> None:
+        """As PEFT, likewise."""
+        quant_linear.unmerge(self)
+
+
+def fused_call(
+    layer: LoraLayer, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    """The result of a call that can be fused; None when the layer has to run its own forward."""
+    adapter, reason = _adapter_of_call(layer, args, kwargs)
+    if adapter:
+        parts = parts_of(layer, adapter)
+        reason = eligibility.layer_reason(layer, adapter, parts) or eligibility.mode_reason()
+        if not reason and is_quantized(parts.base):
+            base, reason = quant_linear.prepared(layer, parts, x)
+            if base is not None:
+                return quant_linear.fused(x, parts, base, layer.scaling[adapter])
+        elif not reason:
+            reason = eligibility.tensor_reason(layer, x, eligibility.named_parameters(parts))
+            if not reason:
+                return _fused(x, parts, layer.scaling[adapter])
+    if reason:
+        call_falls_back(reason)
+    return None
+
+
 def _adapter_of_call(
-    layer: Linear, args: tuple[Any, ...], kwargs: dict[str, Any]
+    layer: LoraLayer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[str, str]:
     """(adapter to consider, reason not to); both empty when only the base layer has to run."""
     if layer.disable_adapters or layer.merged:
