@@ -118,7 +118,7 @@ def yardstick(i: LinearCrossEntropyInputs, oracle: dict[str, Tensor]) -> dict[st
     summation over K, as one alone may be lucky. A loss of rounded logits is rounded like them."""
     dtype = i.hidden.dtype
     axes = {"hidden": (-1,), "weight": (1,), "lora_a": (0, 1), "lora_b": (1,), "bias": ()}
-    flipped = {n: t.flip(axes[n]) for n, t in i.tensors().items()}
+    flipped: dict[str, Any] = {n: t.flip(axes[n]) for n, t in i.tensors().items()}
     plain, reverse = results(i, dtype), results(replace(i, **flipped), dtype)
     worse = {}
     for name, first in plain.items():
@@ -146,7 +146,7 @@ def linear_cross_entropy_op(
     named = {
         n: t.detach().requires_grad_(needs is None or n in needs) for n, t in i.tensors().items()
     }
-    rest = {n: t for n, t in named.items() if n not in ("hidden", "weight")}
+    rest: dict[str, Any] = {n: t for n, t in named.items() if n not in ("hidden", "weight")}
     loss = linear_cross_entropy(
         named["hidden"], named["weight"], i.labels,
         token_weights=i.token_weights, backend=backend, **rest, **i.options,

@@ -6,48 +6,15 @@ dropped copy, no [M, N] tensor. Nothing saved is ever written.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_kernels.ops._differentiable_once import differentiable_once
 from lora_kernels.ops.lora_linear import contract
 
-Backward = Callable[..., "tuple[Tensor | None, ...]"]
-
-
-class _RefuseSecondDerivative(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        raise NotImplementedError(
-            "lora_linear: second derivatives are not implemented; leave out create_graph=True, "
-            "or compute this layer with torch.nn.functional.linear"
-        )
-
-
-def _differentiable_once(backward: Backward) -> Backward:
-    """With create_graph, gradients that raise when they are differentiated.
-
-    torch's own once_differentiable lets them through as constants when the incoming gradient
-    does not require one, which silently drops the term of a gradient penalty.
-    """
-
-    def first_only(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
-            outputs = backward(ctx, *grads)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return outputs
-        return tuple(
-            None if t is None else _RefuseSecondDerivative.apply(t.requires_grad_())
-            for t in outputs
-        )
-
-    return first_only
+_once = differentiable_once("lora_linear", "compute this layer with torch.nn.functional.linear")
 
 
 class LoraLinearFunction(torch.autograd.Function):
@@ -82,7 +49,7 @@ class LoraLinearFunction(torch.autograd.Function):
         ctx.bias_dtypes = [None if b is None else b.dtype for b in flat[3 * n :]]
 
     @staticmethod
-    @_differentiable_once
+    @_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, s, seed, run_time_scalings, *flat = ctx.saved_tensors
         n = len(ctx.scalings)

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels.errors import InvalidArgumentError
+from lora_kernels.ops._differentiable_once import differentiable_once
 from lora_kernels.ops._philox import keep_scale
 from lora_kernels.ops._philox_jit import drop
 from lora_kernels.ops.lora_linear import validate
-from lora_kernels.ops.lora_linear.autograd import _differentiable_once
 from lora_kernels.ops.lora_linear.padded_block import PaddedBlock
 from lora_kernels.ops.lora_linear.products import (
     add_dropped,
@@ -21,6 +21,8 @@ from lora_kernels.ops.lora_linear.products import (
     mm_accumulate,
     scaled_product,
 )
+
+_once = differentiable_once("lora_linear", "compute this layer with torch.nn.functional.linear")
 
 
 class _PaddedLoraLinear(torch.autograd.Function):
@@ -53,7 +55,7 @@ class _PaddedLoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @_differentiable_once
+    @_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, seed = ctx.saved_tensors
         block, scalings, n = ctx.block, ctx.scalings, len(ctx.scalings)
