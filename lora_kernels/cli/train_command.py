@@ -42,8 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from lora_kernels.training import finetune
+    from lora_kernels.training.processes import is_main
 
     result = finetune(arguments.config, arguments.overrides, quiet=arguments.quiet)
+    if not is_main():
+        return 0
     if arguments.json:
         print(json.dumps(result.report, indent=2, ensure_ascii=False))
         return 0

@@ -13,11 +13,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lora_kernels.training.atomic import MARKER, check_output, staged_folder
-from lora_kernels.training.checkpoint_home import find_resumed, leave_home, open_home
+from lora_kernels.errors import ConfigError
+from lora_kernels.training.atomic import MARKER, check_output
+from lora_kernels.training.checkpoint_home import (
+    checkpoint_folder,
+    find_resumed,
+    leave_home,
+    open_home,
+)
 from lora_kernels.training.config import Config
 from lora_kernels.training.config_reader import read_config
 from lora_kernels.training.preflight import check_room
+from lora_kernels.training.processes import is_main, output_stage, world_size
 from lora_kernels.training.references import model_path
 from lora_kernels.training.result import Result, finite
 from lora_kernels.training.tasks import Task, task_class
@@ -53,6 +60,10 @@ def finetune(
         TrainingInterruptedError: SIGTERM or Ctrl-C stopped a run that writes checkpoints.
     """
     config = read_config(config, overrides)
+    if config.compare_stock and world_size() > 1:
+        raise ConfigError("compare_stock=True takes turns with one process; started: "
+                          f"{world_size()}")  # fmt: skip
+    quiet = quiet or not is_main()
     output = Path(config.output).expanduser()
     check_output(output)
     check_room("output", output, 0)
@@ -89,13 +100,14 @@ def _train(
     from lora_kernels.training.stock_twin import StockTwin
 
     with (
-        staged_folder(output) as stage, tempfile.TemporaryDirectory() as temporary,
+        output_stage(output) as stage, tempfile.TemporaryDirectory() as temporary,
         ExitStack() as stack,
     ):  # fmt: skip
         scratch, twin, home = Path(temporary), None, None
         if writes_checkpoints(config):
-            home = open_home(config, output)
-            stack.callback(leave_home, home)
+            home = open_home(config, output) if is_main() else checkpoint_folder(output)
+            if is_main():
+                stack.callback(leave_home, home)
         if config.compare_stock:
             twin = stack.enter_context(StockTwin(config, precision, scratch / "twin"))
         run = train_once(
@@ -105,10 +117,11 @@ def _train(
         )  # fmt: skip
         stock = twin.result() if twin else None
         report = finite(make_report(config, task, precision, run, stock))
-        _write(stage, config, task, precision, report)
-        if home is not None and config.train.save_steps is not None:
+        if is_main():
+            _write(stage, config, task, precision, report)
+        if is_main() and home is not None and config.train.save_steps is not None:
             shutil.copytree(home, stage / "checkpoints", copy_function=_link)
-    if home is not None:
+    if home is not None and is_main():
         shutil.rmtree(home, ignore_errors=True)
     return Result(output, report)
 

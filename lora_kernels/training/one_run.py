@@ -21,6 +21,7 @@ from lora_kernels.training.memory import peak_memory
 from lora_kernels.training.methods import method_module
 from lora_kernels.training.precision import base_dtype, check_device
 from lora_kernels.training.preflight import check_room, checkpoint_bytes
+from lora_kernels.training.processes import save_trained
 from lora_kernels.training.references import model_path
 from lora_kernels.training.tasks import Task
 from lora_kernels.training.trackers import JsonLog, StopAtNaN, tensorboard
@@ -139,8 +140,8 @@ def train_once(
     metrics = _evaluate(trainer, task, sets["test"])
     if caches is not None:
         base.model.config.use_cache = caches
-    if save_to is not None and trainer.is_world_process_zero():
-        method.save(trainer.accelerator.unwrap_model(trainer.model), save_to)
+    if save_to is not None:
+        save_trained(trainer, method.save, save_to)
     history: list[dict[str, Any]] = trainer.state.log_history
     examples, tokens = trainer.seen
     return Run(

@@ -56,7 +56,7 @@ class LoRATrainer(CheckpointedTrainer):
 
     @property
     def seen(self) -> tuple[int, int]:
-        """Rows and tokens of the training so far, on this process; what a mask hides is left out."""
+        """Rows and tokens of the training so far on this process, without what a mask hides."""
         return self._examples, int(self._tokens)
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from lora_kernels.errors import DataError
 from lora_kernels.training.data.records import Records
 
@@ -23,8 +25,11 @@ TOKEN_NAMES = ("tokens", "words", "sentence", "text")
 TAG_NAMES = ("ner_tags", "tags", "labels", "ner", "pos_tags", "pos", "label")
 
 
+Taken: TypeAlias = "str | tuple[str, ...] | None"
+
+
 def find_column(
-    records: Records, key: str, given: str | None, names: tuple[str, ...], taken: str | None = None
+    records: Records, key: str, given: str | None, names: tuple[str, ...], taken: Taken = None
 ) -> str:
     """The column called `given`, else the first usual name, else the only one left.
 
@@ -33,7 +38,7 @@ def find_column(
         key: configuration key, for the message.
         given: the user's choice, or None.
         names: usual names, most telling first; case does not matter.
-        taken: a column that is already in use.
+        taken: columns that are already in use.
 
     Raises:
         DataError: no such column, or no guess is possible.
@@ -41,8 +46,9 @@ def find_column(
     found = usual_column(records, key, given, names, taken)
     if found is not None:
         return found
-    free = [c for c in records.columns if c != taken]
-    if len(free) == 1 and taken is not None:
+    used = _used(taken)
+    free = [c for c in records.columns if c not in used]
+    if len(free) == 1 and used:
         return free[0]
     raise DataError(
         f"{records.source}: cannot tell which column is {key}; set {key} to one of "
@@ -51,7 +57,7 @@ def find_column(
 
 
 def usual_column(
-    records: Records, key: str, given: str | None, names: tuple[str, ...], taken: str | None = None
+    records: Records, key: str, given: str | None, names: tuple[str, ...], taken: Taken = None
 ) -> str | None:
     """As :func:`find_column`, but None where no usual name is there."""
     if given is not None:
@@ -60,8 +66,15 @@ def usual_column(
                 f"{records.source}: no column {key}={given!r}; accepted: {_listed(records)}"
             )
         return given
-    free = {c.strip().lower(): c for c in reversed(records.columns) if c != taken}
+    used = _used(taken)
+    free = {c.strip().lower(): c for c in reversed(records.columns) if c not in used}
     return next((free[name] for name in names if name in free), None)
+
+
+def _used(taken: Taken) -> tuple[str, ...]:
+    if taken is None:
+        return ()
+    return (taken,) if isinstance(taken, str) else taken
 
 
 def guesses(given: dict[str, str | None], found: dict[str, str | None]) -> str:

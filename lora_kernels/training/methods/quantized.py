@@ -65,7 +65,7 @@ def _replace(
             Quantization(quant["format"], quant["block_size"], quant["double_quant"]),
             rslora=lora["rslora"], exclude=lora["exclude"],
             modules_to_save=list(dict.fromkeys(saved)),
-            adapter_dtype=torch.float32 if wide else None,
+            adapter_dtype=torch.float32 if wide else torch.bfloat16,
         )  # fmt: skip
     except InvalidArgumentError as e:
         raise ConfigError(f"method=qlora: {e}") from None

@@ -179,6 +179,8 @@ class CausalLM(Task):
     def predict(self, model: Any, tokenizer: Any, inputs: list[Any]) -> list[dict[str, Any]]:
         import torch
 
+        from lora_kernels.training.loading import longest_input
+
         answers = []
         for text in inputs:
             if self.style != TEXT:
@@ -188,10 +190,16 @@ class CausalLM(Task):
                 batch = tokenizer(text, return_tensors="pt")
             batch = batch.to(model.device)
             size = batch["input_ids"].shape[1]
+            longest = longest_input(model.config)
+            if longest is not None and size >= longest:
+                raise DataError(
+                    f"the text has {size} tokens; this model takes fewer than {longest}"
+                )
+            room = _ANSWER_TOKENS if longest is None else min(_ANSWER_TOKENS, longest - size)
             with torch.inference_mode():
                 ids = model.generate(
                     input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                    max_new_tokens=_ANSWER_TOKENS, do_sample=False,
+                    max_new_tokens=room, do_sample=False,
                     pad_token_id=tokenizer.pad_token_id,
                 )  # fmt: skip
             answers.append({"answer": tokenizer.decode(ids[0, size:], skip_special_tokens=True)})

@@ -182,7 +182,7 @@ def _read(records: Records, notes: list[str], config: Config) -> list[Question]:
     data = config.data
     question = find_column(records, "data.question", data.question, QUESTION_NAMES)
     context = find_column(records, "data.context", data.context, CONTEXT_NAMES, taken=question)
-    answers = find_column(records, "data.answers", data.answers, ANSWER_NAMES, taken=context)
+    answers = find_column(records, "data.answers", data.answers, ANSWER_NAMES, (question, context))
     start = next((c for c in ("answer_start", "start") if c in records.columns), None)
     examples, lost = [], 0
     for number, row in enumerate(records.rows, 1):
