@@ -17,7 +17,7 @@ from lora_kernels.errors import LoraKernelsError
 from lora_kernels.ops import explain
 from lora_kernels.ops._registry import OPS
 from lora_kernels.ops.lora_linear import budget_bytes, pack_policy, packed_bytes
-from lora_kernels.selfcheck import TYPICAL, self_check
+from lora_kernels.selfcheck import GPU_BACKENDS, TYPICAL, self_check
 
 PACKAGES = ("torch", "triton", "peft", "transformers", "accelerate", "safetensors",
             "torchmetrics", "matplotlib", "PyYAML", "numpy")  # fmt: skip
@@ -128,6 +128,7 @@ def _op(name: str, backends: tuple[str, ...], problems: list[str]) -> dict[str, 
     except LoraKernelsError as e:
         problems.append(f"{name}: {e}")
         supported = explain(name, backend="reference", **shapes)["backends"]
+    _ask_gpu(name, backends, answers, supported, problems)
     for backend in backends:
         able, reason = supported[backend]["supported"], supported[backend]["reason"]
         checked = self_check(name, backend) if able else None
@@ -139,6 +140,24 @@ def _op(name: str, backends: tuple[str, ...], problems: list[str]) -> dict[str, 
             "self_check": checked,
         }
     return answers
+
+
+def _ask_gpu(
+    name: str, backends: tuple[str, ...], answers: dict[str, Any], supported: dict[str, Any],
+    problems: list[str],
+) -> None:  # fmt: skip
+    """Where there is a GPU: what `auto` takes on it, and what its backends say of its tensors."""
+    own = [b for b in backends if b in GPU_BACKENDS]
+    if not own or not torch.cuda.is_available():
+        return
+    try:
+        for dtype, shapes in TYPICAL[name].items():
+            choice = explain(name, device="cuda", **shapes)
+            kept = {k: choice[k] for k in ("backend", "reason")}
+            answers["auto"][f"{dtype} on the GPU"] = kept
+        supported |= {b: choice["backends"][b] for b in own}
+    except LoraKernelsError as e:
+        problems.append(f"{name} on the GPU: {e}")
 
 
 def _version(package: str) -> str | None:

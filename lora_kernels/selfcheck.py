@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+GPU_BACKENDS = ("triton", "cuda")  # checked on tensors of the GPU where there is one
 # Shapes that `auto` is asked about: a layer of a mid-sized model, 2048 tokens.
 TYPICAL: dict[str, dict[str, dict[str, Any]]] = {
     "lora_linear": {
@@ -34,14 +35,18 @@ def self_check(op: str, backend: str) -> str:
 
 
 def _lora_linear(backend: str) -> None:
+    from lora_kernels.ops._registry import find
     from lora_kernels.testing import check_lora_linear, lora_linear_inputs
 
+    spec = find("lora_linear")
+    device = "cuda" if backend in GPU_BACKENDS and torch.cuda.is_available() else "cpu"
+    shapes: dict[str, Any] = {"M": 70, "K": 96, "N": (80, 33), "rank": (8, 5)}
     for dtype in (torch.float32, torch.bfloat16):
+        if not spec.supports(backend, spec.problem(**shapes, dtype=dtype, device=device))[0]:
+            continue
         # Odd sizes reach the edges of every tile; dropout reaches the counter.
         for dropout_p in (0.0, 0.25):
-            inputs = lora_linear_inputs(
-                M=70, K=96, N=(80, 33), rank=(8, 5), dtype=dtype, dropout_p=dropout_p
-            )
+            inputs = lora_linear_inputs(**shapes, dtype=dtype, dropout_p=dropout_p, device=device)
             check_lora_linear(inputs, backend)
 
 

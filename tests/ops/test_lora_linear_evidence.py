@@ -279,3 +279,19 @@ def test_a_library_is_known_by_the_sources_it_was_built_from(monkeypatch, tmp_pa
     monkeypatch.setattr(_ledger.cuda_library, "load", lambda: (None, "not built"))
     assert digest() == "absent"
     _ledger.source_digest.cache_clear()
+
+
+def test_env_tells_what_auto_takes_on_a_gpu(ledger, monkeypatch):
+    from lora_kernels import environment
+
+    monkeypatch.setattr(environment.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(environment, "self_check", lambda op, backend: "ok")
+    problems: list[str] = []
+    told = environment._op("lora_linear", ("aten", "triton", "cuda"), problems)
+    assert problems == []
+    on_gpu = told["auto"]["bfloat16 on the GPU"]
+    assert on_gpu["backend"] == "aten"
+    assert "never run on hardware" in on_gpu["reason"]
+    assert told["backends"]["triton"] == {
+        "available": True, "reason": "kernels", "self_check": "ok",
+    }  # fmt: skip
