@@ -93,8 +93,10 @@ class Gradients:
     def finished(self) -> list[Tensor]:
         grads = [self.hidden]
         for owner, total in zip(self.owners, self.sums, strict=True):
-            done = owner is not None and total is not None
-            grads.append(total.to(owner.dtype) if done else self.hidden.new_empty(0))
+            if owner is None or total is None:
+                grads.append(self.hidden.new_empty(0))
+            else:
+                grads.append(total.to(owner.dtype))
         return grads
 
 
