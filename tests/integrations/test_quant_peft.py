@@ -246,3 +246,58 @@ def test_compiled_fused_layers_equal_eager():
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), model(x))
+
+
+def gptqmodel_layer(kind, linear):
+    """A stand-in with the attributes of GPTQModel's torch kernels; that package is not installed
+    here, so what is held is the reading of this structure and PEFT's own layer around it."""
+    name = {"gptq": "TorchQuantLinear", "awq": "AwqTorchLinear"}[kind]
+    q = lk.ops.quantize(linear.weight.detach(), "int4" if kind == "gptq" else "int4_awq", 32)
+
+    class Layer(nn.Module):
+        bits, pack_dtype, group_size, adapter = 4, torch.int32, 32, None
+        in_features, out_features = linear.in_features, linear.out_features
+
+        def qzero_format(self):
+            return 2
+
+        def forward(self, x):
+            return nn.functional.linear(x, q.dequantize(x.dtype), self.bias)
+
+    Layer.__name__ = Layer.__qualname__ = name
+    Layer.__module__ = "gptqmodel.nn_modules.qlinear.torch"
+    layer = Layer()
+    for part, t in q.named_parts().items():
+        layer.register_buffer(part, t)
+    layer.bias = None if linear.bias is None else linear.bias.detach()
+    return layer
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_structure_of_gptqmodel_layers(kind, monkeypatch):
+    from peft.tuners.lora.awq import AwqLoraLinear
+    from peft.tuners.lora.gptq import GPTQLoraLinear
+
+    torch.manual_seed(0)
+    base = gptqmodel_layer(kind, nn.Linear(128, 96))
+    stock_class = GPTQLoraLinear if kind == "gptq" else AwqLoraLinear
+    layer = stock_class(base, "default", config=LoraConfig(r=4), r=4, lora_alpha=8)
+    nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+    model, calls = nn.Sequential(layer), counted(monkeypatch)
+    x = torch.randn(5, 128, requires_grad=True)
+    stock = model(x)
+    report = lk.apply(model)
+    assert [e.status for e in report.layers] == ["fused"], str(report)
+    fused = model(x)
+    assert len(calls) == 1 and isinstance(layer, stock_class)
+    q = quant_linear.quantized_base(base)[0].q
+    w = q.dequantize(torch.float32).double() + layer.scaling["default"] * (
+        layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
+    )
+    exact = x.double() @ w.t() + base.bias.double()
+    assert_within_budget(fused, exact.detach(), stock.detach(), kind)
+    fused.sum().backward()
+    assert layer.lora_A["default"].weight.grad is not None and x.grad is not None
+    base.bits = 3
+    assert "3 bits" in quant_linear.quantized_base(base)[1]
+    assert lk.unapply(model) == 1

@@ -150,7 +150,7 @@ def _adapter_reason(layer: LoraLayer, adapter: str, sharded: bool) -> str:
 
 
 def _backend(layer: Any) -> str:
-    weight, adapter = layer.base_layer.weight, next(iter(layer.r))
+    adapter = next(iter(layer.r))
     base, _ = quantized_base(layer.base_layer) if is_quantized(layer.base_layer) else (None, "")
     if base is not None:
         s = base.q.spec
@@ -163,6 +163,7 @@ def _backend(layer: Any) -> str:
         return str(answer["backend"])
     if is_quantized(layer.base_layer):
         return "aten"
+    weight = layer.base_layer.weight
     problem = explain(
         "lora_linear", M=_ROWS, K=layer.in_features, N=layer.out_features, rank=layer.r[adapter],
         dtype=weight.dtype, weight_dtype=weight.dtype, device=weight.device.type,
@@ -191,13 +192,17 @@ def _plain_class(cls: type) -> type:
 
 
 def stock_classes() -> dict[type, type]:
-    """Fused class -> PEFT's class. Those over bitsandbytes' layers are known once PEFT has imported
-    its module for them, before which no such layer exists."""
+    """Fused class -> PEFT's class. Those over bitsandbytes' and GPTQModel's layers are known once
+    PEFT has imported its modules for them, before which no such layer exists."""
     known: dict[type, type] = {FusedLoraLinear: Linear, FusedQuantLoraLinear: Linear}
     if hasattr(sys.modules.get("peft.tuners.lora.bnb"), "Linear4bit"):
-        from lora_kernels.integrations.peft.bitsandbytes_linear import STOCK_CLASSES
+        from lora_kernels.integrations.peft.bitsandbytes_linear import STOCK_CLASSES as BITSANDBYTES
 
-        known |= STOCK_CLASSES
+        known |= BITSANDBYTES
+    if {"peft.tuners.lora.gptq", "peft.tuners.lora.awq"} <= set(sys.modules):
+        from lora_kernels.integrations.peft.gptqmodel_linear import STOCK_CLASSES as GPTQMODEL
+
+        known |= GPTQMODEL
     return known
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.integrations.peft import gptqmodel_base
 from lora_kernels.modules.quant_linear import QuantLinear
 from lora_kernels.ops.quant_linear import QuantSpec, QuantTensor
 
@@ -24,7 +25,7 @@ class QuantBase(NamedTuple):
 
 def is_quantized(base: nn.Module) -> bool:
     """A base layer that :func:`quantized_base` may be asked about."""
-    return type(base) is QuantLinear or _bitsandbytes(base) != ""
+    return type(base) is QuantLinear or bool(_bitsandbytes(base) or gptqmodel_base.kind_of(base))
 
 
 def _bitsandbytes(base: nn.Module) -> str:
@@ -45,6 +46,9 @@ def quantized_base(base: Any) -> tuple[QuantBase | None, str]:
         return _four_bit(base)
     if kind == _EIGHT_BIT:
         return _eight_bit(base)
+    if gptqmodel_base.kind_of(base):
+        q, reason = gptqmodel_base.quantized_weight(base)
+        return (None, reason) if q is None else (QuantBase(q, base.bias, None), "")
     return None, f"base_layer is {type(base).__module__}.{type(base).__qualname__}"
 
 
