@@ -17,6 +17,7 @@ from lora_kernels.ops._philox import keep_scale, threshold
 from lora_kernels.testing import LoraLinearInputs, LoraLinearResults
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+LARGE, SMALL = 163 << 10, 99 << 10  # shared memory per block: sm_80; sm_86, sm_89, sm_120
 CANARY = 64  # elements behind every output
 
 
@@ -43,12 +44,13 @@ class Emulator:
     sm_count: int = 2
     splits: int = 0
     tile: int | None = None
+    shared_limit: int = LARGE
     held: list[Tensor] = field(default_factory=list)
     outputs: list[tuple[Tensor, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.dll.lk_clear_memory()
-        self.dll.lk_options(self.seed, self.fault)
+        self.dll.lk_options(self.seed, self.fault, self.shared_limit)
 
     def given(self, t: Tensor) -> int:
         """Address of an input."""
@@ -117,6 +119,7 @@ def emulate(
     tile: int | None = None,
     seed_on_device: bool = False,
     needs: str = "xab",
+    shared_limit: int = LARGE,
 ) -> LoraLinearResults:
     """Forward and backward (without dW and dbias, which no kernel computes).
 
@@ -126,13 +129,16 @@ def emulate(
         pad: copy the adapters into aligned buffers first; without it kernels take them as they
             are, which needs the dtype of x.
         splits: of the long sums; 0 lets the launcher choose.
+        shared_limit: bytes of shared memory per block of the device.
         needs: gradients to compute, out of x, a and b; the others are empty.
         tile: variant of the GEMM (gemm_sm80_tiles.h); None lets the launcher choose.
     """
     i = inputs
     x = i.x.flatten(0, -2)
     dys = [dy.flatten(0, -2) for dy in i.dys]
-    e = Emulator(dll, x.dtype, seed=seed, fault=fault, splits=splits, tile=tile)
+    e = Emulator(
+        dll, x.dtype, seed=seed, fault=fault, splits=splits, tile=tile, shared_limit=shared_limit
+    )
     ranks = [a.shape[0] for a in i.lora_as]
     dense, padded = rank_columns(ranks, False), rank_columns(ranks, True)
     if pad:

@@ -184,7 +184,7 @@ def load() -> ctypes.CDLL:
     library.lk_gemm_sm80_tile.argtypes = [_ptr, _i32]
     library.lk_gemm_sm80_choice.argtypes = [_ptr]
     library.lk_selftest.argtypes = [ctypes.c_char_p]
-    library.lk_options.argtypes = [ctypes.c_uint64, _i32]
+    library.lk_options.argtypes = [ctypes.c_uint64, _i32, ctypes.c_size_t]
     library.lk_register_memory.argtypes = [_ptr, ctypes.c_size_t]
     library.lk_error.restype = ctypes.c_char_p
     library.lk_blocks_run.restype = ctypes.c_uint64

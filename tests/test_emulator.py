@@ -16,6 +16,8 @@ import pytest
 import torch
 from emulated_lora_linear import (
     DTYPES,
+    LARGE,
+    SMALL,
     Emulator,
     EmulatorError,
     da,
@@ -50,7 +52,7 @@ def dll() -> Iterator[ctypes.CDLL]:
         pytest.skip("no C++ compiler; install g++ or set CXX")
     loaded = library.load()
     yield loaded
-    loaded.lk_options(0, 0)
+    loaded.lk_options(0, 0, LARGE)
     loaded.lk_clear_memory()
 
 
@@ -82,14 +84,14 @@ STOPPED = {
 @pytest.mark.parametrize("name", CORRECT)
 def test_instructions(dll, name, seed):
     dll.lk_clear_memory()
-    dll.lk_options(seed, 0)
+    dll.lk_options(seed, 0, LARGE)
     assert dll.lk_selftest(name.encode()) == 1, dll.lk_error()
 
 
 @pytest.mark.parametrize("name", STOPPED)
 def test_emulator_stops_wrong_kernels(dll, name):
     dll.lk_clear_memory()
-    dll.lk_options(0, 0)
+    dll.lk_options(0, 0, LARGE)
     assert dll.lk_selftest(name.encode()) == 0
     assert STOPPED[name] in dll.lk_error().decode()
     dll.lk_clear_memory()
@@ -214,6 +216,12 @@ def test_choice_of_a_tile(dll, m, n, sm_count, tile):
     assert dll.lk_gemm_sm80_choice(ctypes.addressof(p)) == TILES[tile]
     p.term[0].lda = 65
     assert dll.lk_gemm_sm80_choice(ctypes.addressof(p)) == UNALIGNED
+
+
+@pytest.mark.parametrize("rank", [16, 40, 150])
+def test_devices_with_little_shared_memory(dll, rank):
+    inputs = lora_linear_inputs(M=90, K=264, N=536, rank=rank, dtype=BF16, dropout_p=0.25)
+    check(dll, inputs, shared_limit=SMALL)
 
 
 def test_wide_outputs(dll):

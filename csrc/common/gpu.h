@@ -25,6 +25,21 @@
 
 namespace lora_kernels {
 
+// Bytes of dynamic shared memory that a block may have on the current device; 0 without a device.
+inline size_t shared_memory_limit() {
+#if defined(LK_EMULATOR)
+  return emulator::shared_limit();
+#else
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
+      cudaSuccess) {
+    return 0;
+  }
+  return static_cast<size_t>(bytes);
+#endif
+}
+
 // Dynamic shared memory beyond this needs an opt-in per kernel.
 constexpr size_t kDefaultShared = 48 << 10;
 

@@ -194,6 +194,7 @@ void run_block(int count) {
 
 void set_options(const Options& options) { machine.options = options; }
 bool planted(int fault) { return machine.options.planted_fault == fault; }
+size_t shared_limit() { return machine.options.shared_limit; }
 
 void register_global(const void* begin, size_t bytes) {
   const auto* p = static_cast<const unsigned char*>(begin);
@@ -211,6 +212,10 @@ bool run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<vo
   block_extent = block;
   m.kernel = &kernel;
   m.error.clear();
+  if (shared_bytes > m.options.shared_limit) {
+    m.error = "more shared memory than a block may have";
+    return false;
+  }
   prepare_threads(count);
   m.shared_bytes = shared_bytes;
   m.shared.resize((shared_bytes + kGuard + 1024) / 8 + 1);

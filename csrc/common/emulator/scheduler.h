@@ -34,9 +34,11 @@ extern dim3 block_extent, grid_extent;
 struct Options {
   uint64_t seed = 0;
   int planted_fault = 0;  // faults.h
+  size_t shared_limit = 163 << 10;  // bytes of shared memory per block
 };
 void set_options(const Options&);
 bool planted(int fault);
+size_t shared_limit();
 
 // Global memory that kernels may touch; checked once a range is registered.
 void register_global(const void* begin, size_t bytes);

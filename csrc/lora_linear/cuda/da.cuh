@@ -3,7 +3,7 @@
 // Math      da[c, k] = sum_m ds[m, c] keep_g(m, k) x[m, k]       (dS carries 1 / P(keep) already)
 // Shapes    X [M, K] row stride ldx, dS [M, padded columns of the group] row stride ldds, dA_g
 //           [rank, K] in a dtype of its own.
-// Grid      x: 256 columns of X, y: RN padded columns of dS, z: share of M in steps of 64 rows.
+// Grid      x: 256 columns of X, y: RN padded columns of dS, z: share of M in steps of 32 rows.
 //           Eight warps of 32 columns each; the product is formed as [K, rank] = X^T dS, with X as
 //           the A operand read by transposing loads.
 // Bytes     X once (once per RN columns beyond 64), dS once per 256 columns from L2; per share of M
@@ -12,8 +12,8 @@
 //           of dA.
 // Dropout   a masked copy of the tile is made in shared memory, one generator call per row and
 //           eight columns; a group makes one copy per member.
-// Resources (ptxas 13.0, sm_80) at RN = 16, 32, 64: 137, 160, 209 registers; 102, 108, 120 KiB of
-//           shared memory, 32 more with dropout; 1 block per SM of 164 KiB. No spills.
+// Resources (ptxas 13.0, sm_80) at RN = 16, 32, 64: 116, 134, 184 registers; 68, 72, 80 KiB of
+//           shared memory, 16 more with dropout; 1 block per SM by registers. No spills.
 // Limits    16-bit T, rank <= 256, members <= 8; M < 2^31 rows, K < 2^31.
 #pragma once
 
@@ -29,15 +29,15 @@ struct DaArgs {
   DaParams p;
   int columns;  // padded, of the whole group
   int splits;
-  int64_t rows_per_split;  // multiple of 64
+  int64_t rows_per_split;  // multiple of 32
   int64_t elements;        // sum of rank * K over the members whose dA is wanted
   float* partials;         // [splits, columns, K]
 };
 
 template <int RN>
 struct DaShape {
-  static constexpr int kRows = 64, kColumns = 256, kThreads = 256;
-  static constexpr int kStages = 3;
+  static constexpr int kRows = 32, kColumns = 256, kThreads = 256;
+  static constexpr int kStages = 4;
   static constexpr int kTileX = kRows * kColumns, kTileS = kRows * RN;
   static constexpr size_t shared(bool drops) {
     return (kStages * (kTileX + kTileS) + (drops ? kTileX : 0)) * 2;

@@ -6,11 +6,17 @@
 namespace lora_kernels::lora_linear::cuda {
 namespace {
 
+using DySmall = DyShape<16, true>;
+using DyNarrow = DyShape<16, false>;
+using DyMiddle = DyShape<32, false>;
+using DyWide = DyShape<64, false>;
+static_assert(DySmall::kShared <= kSharedMemoryNeeded);
+
 struct Plan {
   DyPassArgs args;
   int ranks;   // RN
   int blocks;  // in x
-  bool aligned;
+  bool aligned, small;
   int64_t floats;
 };
 
@@ -31,21 +37,22 @@ Plan make_plan(const DyPassParams& p) {
                    (p.ds == nullptr || aligned16(w.b, w.ldb)) &&
                    (w.db == nullptr || aligned16(w.s, w.lds));
   }
-  plan.ranks = !plan.aligned ? 64 : widest <= 16 ? 16 : widest <= 32 ? 32 : 64;
+  plan.small = !plan.aligned || shared_memory_limit() < DyWide::kShared;
+  plan.ranks = plan.small || widest <= 16 ? 16 : widest <= 32 ? 32 : 64;
   for (int g = 0; g < p.members; ++g) {
     const DyMember& w = p.member[g];
     DyPlan& d = a.plan[g];
     d.first_block = plan.blocks;
-    d.column_blocks = static_cast<int>(ceil_div(w.n, DyShape<16>::kColumns));
+    d.column_blocks = static_cast<int>(ceil_div(w.n, DyNarrow::kColumns));
     d.rank_chunks = static_cast<int>(ceil_div(w.rank, plan.ranks));
     plan.blocks += d.column_blocks * d.rank_chunks;
     d.ds_partials = plan.floats;
     if (p.ds != nullptr) plan.floats += d.column_blocks * p.m * padded_rank(w.rank);
   }
-  const Split split = choose_split(ceil_div(p.m, DyShape<16>::kRows), plan.blocks, p.sm_count, 1,
+  const Split split = choose_split(ceil_div(p.m, DyNarrow::kRows), plan.blocks, p.sm_count, 1,
                                    4, p.splits);
   a.splits = split.parts;
-  a.rows_per_split = split.per_part * DyShape<16>::kRows;
+  a.rows_per_split = split.per_part * DyNarrow::kRows;
   for (int g = 0; g < p.members; ++g) {
     const DyMember& w = p.member[g];
     a.plan[g].db_partials = plan.floats;
@@ -59,19 +66,20 @@ Plan make_plan(const DyPassParams& p) {
   return plan;
 }
 
-template <class T, int RN, bool kAligned>
+template <class T, class Shape, bool kAligned>
 cudaError_t launch(const Plan& plan, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.args.splits));
-  return launch_kernel(dy_pass_kernel<T, RN, kAligned>, grid, DyShape<RN>::kThreads,
-                       DyShape<RN>::kShared, stream, plan.args);
+  return launch_kernel(dy_pass_kernel<T, Shape, kAligned>, grid, Shape::kThreads, Shape::kShared,
+                       stream, plan.args);
 }
 
 template <class T>
 cudaError_t launch_dtype(const Plan& plan, cudaStream_t stream) {
-  cudaError_t error = !plan.aligned       ? launch<T, 64, false>(plan, stream)
-                      : plan.ranks == 16 ? launch<T, 16, true>(plan, stream)
-                      : plan.ranks == 32 ? launch<T, 32, true>(plan, stream)
-                                         : launch<T, 64, true>(plan, stream);
+  cudaError_t error = !plan.aligned       ? launch<T, DySmall, false>(plan, stream)
+                      : plan.small       ? launch<T, DySmall, true>(plan, stream)
+                      : plan.ranks == 16 ? launch<T, DyNarrow, true>(plan, stream)
+                      : plan.ranks == 32 ? launch<T, DyMiddle, true>(plan, stream)
+                                         : launch<T, DyWide, true>(plan, stream);
   if (error != cudaSuccess) return error;
   const int64_t elements = plan.args.ds_elements + plan.args.db_elements;
   return launch_kernel(dy_sum_kernel<T>, dim3(static_cast<unsigned>(ceil_div(elements, 256))), 256,

@@ -45,18 +45,20 @@ struct DyPassArgs {
   float* partials;
 };
 
-template <int RN>
+// kSmall: for 99 KiB of shared memory, and without 16-byte rows.
+template <int RN_, bool kSmall>
 struct DyShape {
+  static constexpr int RN = RN_;
   static constexpr int kRows = 64, kSub = 256, kSubs = 2, kColumns = kSub * kSubs;
   static constexpr int kThreads = 256;
-  static constexpr int kStages = RN <= 32 ? 3 : 2;
+  static constexpr int kStages = RN <= 32 && !kSmall ? 3 : 2;
   static constexpr int kTileDy = kRows * kSub, kTileS = kRows * RN, kTileB = kColumns * RN;
   static constexpr size_t kShared = (kStages * (kTileDy + kTileS) + kTileB) * 2;
 };
 
-template <class T, int RN, bool kAligned>
+template <class T, class Shape, bool kAligned>
 struct DyBlock {
-  using Shape = DyShape<RN>;
+  static constexpr int RN = Shape::RN;
   static constexpr int kRows = Shape::kRows, kSub = Shape::kSub, kSubs = Shape::kSubs;
   static constexpr int kHalf = RN / 2;  // ranks of dS per warp
 
@@ -215,10 +217,9 @@ struct DyBlock {
   }
 };
 
-template <class T, int RN, bool kAligned>
-__global__ void __launch_bounds__(DyShape<RN>::kThreads, 1)
+template <class T, class Shape, bool kAligned>
+__global__ void __launch_bounds__(Shape::kThreads, 1)
     dy_pass_kernel(const __grid_constant__ DyPassArgs args) {
-  using Shape = DyShape<RN>;
   constexpr int kStages = Shape::kStages, kSubs = Shape::kSubs;
   LK_DYNAMIC_SHARED(shared);
   int member = 0;
@@ -226,7 +227,7 @@ __global__ void __launch_bounds__(DyShape<RN>::kThreads, 1)
          static_cast<int>(blockIdx.x) >= args.plan[member + 1].first_block) {
     ++member;
   }
-  DyBlock<T, RN, kAligned> block(args, member, shared);
+  DyBlock<T, Shape, kAligned> block(args, member, shared);
   const bool want_ds = args.p.ds != nullptr, want_db = block.w.db != nullptr;
   if (!want_ds && !want_db) return;
   const int64_t tiles = (block.m_end - block.m_begin + Shape::kRows - 1) / Shape::kRows;

@@ -9,6 +9,7 @@ namespace lora_kernels::lora_linear::cuda {
 using Gemm128x256 = GemmShape<128, 256, 64, 64, 4, 1>;
 using Gemm128x128 = GemmShape<128, 128, 64, 64, 4, 2>;
 using Gemm64x64 = GemmShape<64, 64, 32, 32, 4, 4>;
+static_assert(Gemm128x256::kShared <= kSharedMemoryNeeded);
 
 template <class T, OperandLayout kLayout, class S, bool kAligned, bool kMasked>
 cudaError_t launch_gemm(const GemmParams& p, cudaStream_t stream) {

@@ -6,6 +6,8 @@
 namespace lora_kernels::lora_linear::cuda {
 namespace {
 
+static_assert(ShrinkShape<64>::kShared <= kSharedMemoryNeeded);
+
 int padded_columns(const ShrinkParams& p) {
   int64_t columns = 0;
   for (int g = 0; g < p.members; ++g) {
@@ -18,7 +20,9 @@ int padded_columns(const ShrinkParams& p) {
 constexpr int kUnalignedColumns = 64;  // one variant serves operands without 16-byte rows
 
 int block_columns(int columns, bool aligned) {
-  return !aligned ? kUnalignedColumns : columns <= 16 ? 16 : columns <= 32 ? 32 : columns <= 64 ? 64 : 128;
+  if (!aligned) return kUnalignedColumns;
+  const bool wide = shared_memory_limit() >= ShrinkShape<128>::kShared;
+  return columns <= 16 ? 16 : columns <= 32 ? 32 : columns <= 64 || !wide ? 64 : 128;
 }
 
 bool operands_aligned(const ShrinkParams& p) {

@@ -9,7 +9,9 @@ namespace emulator = lora_kernels::emulator;
 
 extern "C" {
 
-void lk_options(uint64_t seed, int fault) { emulator::set_options({seed, fault}); }
+void lk_options(uint64_t seed, int fault, size_t shared_limit) {
+  emulator::set_options({seed, fault, shared_limit});
+}
 void lk_clear_memory() { emulator::clear_global(); }
 void lk_register_memory(const void* begin, size_t bytes) { emulator::register_global(begin, bytes); }
 const char* lk_error() { return emulator::error(); }
