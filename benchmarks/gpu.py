@@ -164,6 +164,10 @@ def still_there(name: str) -> None:
             raise DeviceLostError(f"{name}: {str(error).splitlines()[0]}") from error
 
 
+def failure(error: Exception) -> str:
+    return f"FAILED: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 def usable(
     names: list[str], case: Case, announce: Announce = lambda name, case: None
 ) -> tuple[dict[str, Provider], dict[str, str]]:
@@ -180,8 +184,7 @@ def usable(
         except BudgetExceededError as error:
             reasons[name] = f"WRONG: {error}"
         except Exception as error:  # also what another project's code may raise
-            text = str(error).splitlines() or [""]
-            reasons[name] = f"FAILED: {type(error).__name__}: {text[0]}"
+            reasons[name] = failure(error)
             still_there(name)
     announce("", case)
     return passed, reasons
@@ -196,16 +199,23 @@ def run_case(
     passed, reasons = usable(names, case, announce)
     rows = []
     for mode in modes:
-        works = {name: getattr(p, mode) for name, p in passed.items()}
-        used: dict[str, dict[str, Any]] = {
-            name: {"launches": launches(w), "peak_bytes": peak_bytes(w)}
-            if mode in count
-            else {"launches": None, "peak_bytes": None}
-            for name, w in works.items()
-        }
+        works, used, failed = {}, {}, dict(reasons)
+        for name, provider in passed.items():
+            work = getattr(provider, mode)
+            try:
+                work()
+                counted = mode in count
+                used[name] = {
+                    "launches": launches(work) if counted else None,
+                    "peak_bytes": peak_bytes(work) if counted else None,
+                }
+                works[name] = work
+            except Exception as error:  # also what another project's code may raise
+                failed[name] = failure(error)
+                still_there(name)
         timings = measure(works, BASELINE, rounds=rounds, round_seconds=0.008, timed=timed)
         rows += [
-            row(case, mode, n, timings.get(n), reasons.get(n), top, used.get(n, {})) for n in names
+            row(case, mode, n, timings.get(n), failed.get(n), top, used.get(n, {})) for n in names
         ]
     return rows
 

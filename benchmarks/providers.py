@@ -152,6 +152,11 @@ def _peft(case: Case, name: str, adapter_dtype: torch.dtype | None, compiled: bo
         def run(t: Tensor) -> list[Tensor]:
             return [layer(t) for layer in layers]
 
+    if compiled and case.device != "cpu":
+        # The backward alone is called many times on one forward; by default it may only be once.
+        import torch._functorch.config
+
+        torch._functorch.config.donated_buffer = False
     return Provider(name, i, torch.compile(run) if compiled else run, x, leaves)
 
 

@@ -75,12 +75,16 @@ def usable(device: torch.device) -> bool:
     if index not in _usable:
         if torch.cuda.is_current_stream_capturing():
             return False  # the comparison waits for the device; decided at a later call
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("default")  # this once it has to wait
         try:
             _usable[index] = _equals_definition(device)
             why = "its masks differ from the definition"
         except Exception as error:  # NVRTC, the driver or the beta interface itself
             _usable[index] = False
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
         if not _usable[index]:
             _log.warning("dropout on %s takes many launches: %s", device, why)
     return _usable[index]

@@ -61,26 +61,36 @@ def made(*args, **kwargs) -> LoraLinearInputs:
     return lora_linear_inputs(*args, device="cuda", **kwargs)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rank", [1, 3, 4, 8, 12, 16, 24, 64, 100, 128, 256])
+# Most of the time goes into compiling: one dtype sees every case, the others the telling ones.
+RANKS = [(r, torch.bfloat16) for r in (1, 3, 4, 8, 12, 16, 24, 64, 100, 128, 256)]
+
+
+@pytest.mark.parametrize(
+    ("rank", "dtype"), [*RANKS, *((r, d) for d in DTYPES[1:] for r in (5, 64))], ids=str
+)
 def test_ranks(gpu_backend, dtype, rank):
     check(made(137, 200, 264, rank, dtype), gpu_backend)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("m", [0, 1, 7, 127, 129, 4097])
-def test_rows(gpu_backend, dtype, m):
-    check(made(m, 264, 136, 16, dtype), gpu_backend)
+def test_rows(gpu_backend, m):
+    check(made(m, 264, 136, 16, torch.bfloat16), gpu_backend)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kn", [(1, 1), (8, 8), (65, 131), (520, 1032), (1030, 514)], ids=str)
-def test_features_that_fit_no_tile(gpu_backend, dtype, kn):
-    check(made(70, *kn, 16, dtype), gpu_backend)
+def test_features_that_fit_no_tile(gpu_backend, kn):
+    check(made(70, *kn, 16, torch.bfloat16), gpu_backend)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dropout_p", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_odd_features_in_other_dtypes(gpu_backend, dtype):
+    check(made(70, 65, 131, 16, dtype), gpu_backend)
+
+
+@pytest.mark.parametrize(
+    ("dropout_p", "dtype"),
+    [(0.1, torch.bfloat16), (0.5, torch.float32), (0.5, torch.float16), (1.0, torch.bfloat16)],
+)
 @pytest.mark.parametrize("n", [(264,), (264, 72, 72)], ids=str)
 def test_dropout(gpu_backend, dtype, dropout_p, n):
     check(made(200, 328, n, 16, dtype, dropout_p=dropout_p), gpu_backend, "xab")
@@ -108,10 +118,9 @@ def test_every_backend_drops_the_same_elements(gpu_backend, dtype):
     assert torch.equal(got.dx.cpu() != 0, here.dx != 0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("ranks", [(16, 16, 16), (4, 100, 1)], ids=str)
-def test_groups(gpu_backend, dtype, ranks):
-    check(made(300, 264, (264, 72, 40), ranks, dtype), gpu_backend)
+def test_groups(gpu_backend, ranks):
+    check(made(300, 264, (264, 72, 40), ranks, torch.bfloat16), gpu_backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
