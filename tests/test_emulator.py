@@ -8,6 +8,7 @@ in this file runs on a GPU (the `gpu` tests do).
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -27,6 +28,7 @@ from emulated_lora_linear import (
     shrink,
 )
 
+from lora_kernels._backends import cuda as cuda_backend
 from lora_kernels.ops._philox import keep_mask, keep_scale
 from lora_kernels.testing import (
     BudgetExceededError,
@@ -222,6 +224,13 @@ def test_choice_of_a_tile(dll, m, n, sm_count, tile):
 def test_devices_with_little_shared_memory(dll, rank):
     inputs = lora_linear_inputs(M=90, K=264, N=536, rank=rank, dtype=BF16, dropout_p=0.25)
     check(dll, inputs, shared_limit=SMALL)
+
+
+def test_python_asks_for_as_much_shared_memory_as_the_kernels_need():
+    header = (library.CSRC / "lora_linear/cuda/launch.h").read_text()
+    needed = re.search(r"kSharedMemoryNeeded = (\d+) << 10;", header)
+    assert needed is not None
+    assert int(needed[1]) << 10 == cuda_backend._SHARED_BYTES <= SMALL
 
 
 def test_wide_outputs(dll):
