@@ -16,7 +16,7 @@ import torch
 
 _FOLDER = Path(__file__).resolve().parents[1]
 _VARIABLE = "LORA_KERNELS_CUDA_LIBRARY"
-# What the largest kernel variants ask a block for; 8.6, 8.9 and 12.x have less.
+# What every kernel has a variant for; 8.6, 8.9 and 12.x have 99 KiB, 8.0 and 9.0 more.
 _SHARED_BYTES = 98 << 10  # kSharedMemoryNeeded of csrc/lora_linear/cuda/launch.h
 
 
