@@ -8,6 +8,7 @@ A group (several layers of one input) gives one output per member.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -154,9 +155,7 @@ def _peft(case: Case, name: str, adapter_dtype: torch.dtype | None, compiled: bo
 
     if compiled and case.device != "cpu":
         # The backward alone is called many times on one forward; by default it may only be once.
-        import torch._functorch.config
-
-        torch._functorch.config.donated_buffer = False
+        importlib.import_module("torch._functorch.config").donated_buffer = False
     return Provider(name, i, torch.compile(run) if compiled else run, x, leaves)
 
 

@@ -132,3 +132,20 @@ def test_ceilings_are_measured():
 def test_peers_are_skipped_with_the_reason(name):
     with pytest.raises(providers.UnavailableError, match=name):
         providers.build(name, SMALL)
+
+
+@pytest.mark.slow
+def test_the_compiled_layer_is_timed_in_every_mode():
+    """On the CPU and, where the backward alone is called again and again, as on a GPU."""
+    pytest.importorskip("peft")
+    for modes in (("fwd", "fwdbwd"), gpu.MODES):
+        rows = gpu.run_case(SMALL, ["frozen", "peft-compile"], modes, TOP, wall_clock, 2, ())
+        assert len(rows) == 2 * len(modes)
+        if "bwd" not in modes:
+            assert [r["skipped"] for r in rows] == [None] * len(rows)
+
+
+def test_every_provider_can_be_built():
+    pytest.importorskip("peft")
+    for name in ("frozen", "peft", "peft-fp32", "peft-compile", "aten", "aten-fp32"):
+        assert providers.build(name, SMALL).name == name
