@@ -174,6 +174,35 @@ def test_models_of_the_hopper_gemm(name, tmp_path):
     assert done.returncode == 0, done.stdout[-2000:]
 
 
+HOST_FAULTS = {
+    "": "",
+    "ceil_div(p.m, kSm90BlockM * shape.cluster)": "ceil_div(p.m, kSm90BlockM)",
+    "q.stream[t] = term.stream;": "q.stream[t] = -1;",
+}
+
+
+@pytest.mark.parametrize("fault", HOST_FAULTS, ids=lambda text: text or "as it is")
+def test_what_the_hopper_launcher_describes(builder, fault, tmp_path):
+    """Tensor maps, tiles, grid and refusals, computed through on the CPU; then planted faults."""
+    compiler = os.environ.get("CXX", "g++")
+    try:
+        _, include, _ = builder.toolkit(builder.find_nvcc(), tmp_path)
+    except builder.Unavailable as why:
+        pytest.skip(f"the headers of CUDA are absent: {why}")
+    launcher = tmp_path / "gemm_sm90.cpp"
+    text = (ROOT / "csrc/lora_linear/cuda/gemm_sm90.cpp").read_text()
+    assert fault in text
+    launcher.write_text(text.replace(fault, HOST_FAULTS[fault]) if fault else text)
+    program = tmp_path / "host"
+    csrc = ROOT / "csrc"
+    build = [compiler, "-std=c++20", "-O1", "-I", csrc, "-I", csrc / "lora_linear" / "cuda"]
+    build += ["-isystem", include, "-o", program, ROOT / "tests/csrc/test_gemm_sm90_host.cpp"]
+    build += [launcher, "-x", "c++", csrc / "lora_linear" / "cuda" / "check.cu"]
+    subprocess.run(build, check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == (1 if fault else 0), done.stdout[-2000:]
+
+
 def test_the_model_notices_a_wrong_descriptor(tmp_path):
     """The control: strides of the N-major operand exchanged in the kernel's own header."""
     compiler = os.environ.get("CXX", "g++")
