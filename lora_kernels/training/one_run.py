@@ -15,6 +15,7 @@ from lora_kernels.training.arguments import keeps_best, training_arguments, writ
 from lora_kernels.training.callbacks import Progress, WarmUp
 from lora_kernels.training.config import Config
 from lora_kernels.training.config_checks import ADAPTER_METHODS, PEFT_METHODS
+from lora_kernels.training.gguf_folder import model_folder
 from lora_kernels.training.interruption import StopOnSignal
 from lora_kernels.training.loading import load_base, load_options, load_tokenizer
 from lora_kernels.training.memory import peak_memory
@@ -86,7 +87,7 @@ def train_once(
     """
     transformers.set_seed(config.seed)
     device = check_device(config.device)
-    path = model_path("model", config.model)
+    path = model_folder(model_path("model", config.model))
     tokenizer = load_tokenizer(path)
     dtype = base_dtype(precision, config.method)
     base = load_base(task, path, dtype, tokenizer, load_options(config, path))

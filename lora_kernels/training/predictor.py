@@ -39,14 +39,16 @@ class Predictor:
 
         import torch
 
+        from lora_kernels.training.gguf_folder import model_folder
         from lora_kernels.training.loading import load_base, load_tokenizer
         from lora_kernels.training.precision import base_dtype
         from lora_kernels.training.quiet import quiet_libraries
 
         dtype = base_dtype(str(saved["precision"]), str(saved.get("method", "lora")))
         with quiet_libraries():
-            self.tokenizer = load_tokenizer(model_path("tokenizer", str(saved["tokenizer"])))
-            base = load_base(self.task, path, dtype, self.tokenizer, {})
+            named = model_folder(model_path("tokenizer", str(saved["tokenizer"])))
+            self.tokenizer = load_tokenizer(named)
+            base = load_base(self.task, model_folder(path), dtype, self.tokenizer, {})
             self.model = method.attach(base, adapter, saved)
         self.model.eval()
         if torch.cuda.is_available():

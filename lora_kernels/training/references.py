@@ -43,9 +43,10 @@ def data_path(key: str, reference: str) -> Path:
 
 
 def model_path(key: str, reference: str) -> str:
-    """What ``from_pretrained`` is given: a folder, or the name of a model on the hub.
+    """What ``from_pretrained`` is given: a folder, a hub name, or a .gguf file.
 
-    Below a package folder the shallowest ``config.json`` with a ``model_type`` counts.
+    Below a package folder the shallowest ``config.json`` with a ``model_type`` counts, else the
+    only .gguf file.
 
     Raises:
         ConfigError: the package is missing or holds no model.
@@ -54,12 +55,18 @@ def model_path(key: str, reference: str) -> str:
         path = Path(reference).expanduser()
         return str(path) if path.exists() else reference
     folder = package_folder(key, reference)
+    if folder.is_file():
+        return str(folder)
     for config in sorted(folder.rglob("config.json"), key=lambda p: (len(p.parts), p)):
         try:
             if "model_type" in json.loads(config.read_text(encoding="utf-8")):
                 return str(config.parent)
         except (OSError, ValueError, TypeError):
             continue
+    packed = sorted(folder.rglob("*.gguf"))
+    if len(packed) == 1:
+        return str(packed[0])
+    found = f"; {len(packed)} .gguf files, name one" if packed else ""
     raise ConfigError(
-        f"{key}={reference!r}: no config.json with a model_type below the package folder"
+        f"{key}={reference!r}: no config.json with a model_type below the package folder{found}"
     )
