@@ -24,11 +24,13 @@ SHARED_BYTES = {
     "sm_100": 232448, "sm_103": 232448, "sm_120": 101376, "sm_121": 101376,
     "gfx90a": 65536, "gfx942": 65536, "gfx950": 163840,
 }  # fmt: skip
+_TENSOR_MAPS = ("sm_90", "sm_100", "sm_103")
 
 
 @dataclass(frozen=True)
 class Target:
-    """A device as the configurations see it. `descriptors`: it has a unit for tensor maps."""
+    """A device as the configurations see it. `descriptors`: it has a unit for tensor maps, and
+    shared memory for a matrix unit that reads its operands there."""
 
     name: str
     processors: int
@@ -42,9 +44,7 @@ class Target:
 
 def target(name: str, processors: int) -> Target:
     """Target of an architecture such as ``sm_90`` or ``gfx942``."""
-    digits = name.removeprefix("sm_")
-    descriptors = digits.isdigit() and int(digits) >= 90
-    return Target(name, processors, SHARED_BYTES.get(name, 65536), descriptors)
+    return Target(name, processors, SHARED_BYTES.get(name, 65536), name in _TENSOR_MAPS)
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,17 @@ _HOPPER = (
     Gemm(64, 128, 64, 4, 5, descriptor=True, lora_last=False),
     Gemm(64, 128, 64, 8, 5, descriptor=True, lora_last=False),
 )
+_BLACKWELL = (
+    # The accumulator is in tensor memory. Triton 3.6 cannot flatten a loop with two products there.
+    Gemm(128, 256, 64, 8, 3, descriptor=True, persistent=True, store_parts=2),
+    Gemm(128, 256, 64, 4, 4, descriptor=True),
+    Gemm(128, 256, 64, 8, 3, descriptor=True),
+    Gemm(128, 128, 64, 4, 4, descriptor=True),
+    Gemm(64, 128, 64, 4, 5, descriptor=True),
+    Gemm(128, 256, 64, 8, 3, descriptor=True, lora_last=False),
+    Gemm(128, 128, 64, 8, 3, descriptor=True, lora_last=False),
+    Gemm(64, 128, 64, 8, 4, descriptor=True, lora_last=False),
+)
 _POINTER = (
     Gemm(128, 128, 32, 4, 4),
     Gemm(128, 128, 32, 8, 4),
@@ -111,6 +122,7 @@ _AMD = (
     Gemm(64, 64, 64, 4, 2),
     Gemm(128, 128, 64, 8, 2, lora_last=False),
     Gemm(64, 128, 64, 4, 2, lora_last=False),
+    Gemm(64, 128, 64, 8, 2, lora_last=False),
 )
 # Multiply-add units: small tiles, as every operand of a step is in registers.
 _FP32 = (
@@ -125,7 +137,8 @@ def gemm_table(itemsize: int, where: Target) -> tuple[Gemm, ...]:
         return _FP32
     if where.amd:
         return _AMD
-    return _HOPPER + _POINTER if where.descriptors else _POINTER
+    tensor_maps = _HOPPER if where.name == "sm_90" else _BLACKWELL if where.descriptors else ()
+    return tensor_maps + _POINTER
 
 
 def rank_block(rank: int, itemsize: int) -> int:
@@ -161,19 +174,21 @@ def invalid(
     `members`: terms of the sum, more than one in dgrad of a group."""
     if c.descriptor and not where.descriptors:
         return f"{where.name} has no unit for tensor maps"
+    if c.flatten and where.name != "sm_90":
+        return f"flatten is not known to compile for {where.name}"
     if c.flatten and not (c.persistent and c.descriptor and c.lora_last):
         return "flatten needs a persistent descriptor kernel with the update last"
     if c.flatten and rank_blocks(rank, itemsize) > 2:
         return f"rank {rank} needs a loop of its own, which does not flatten"
     if c.store_parts != 1 and not c.descriptor:
         return "store_parts needs a descriptor"
-    if c.block_m * c.block_n > REGISTERS * 32 * c.num_warps:
+    per_thread = c.block_m * c.block_n // ((64 if where.amd else 32) * c.num_warps)
+    if per_thread > REGISTERS:
         return f"a tile of {c.block_m}x{c.block_n} does not fit {c.num_warps} warps"
     if dropout and (c.lora_last or (c.block_n % 128 and c.block_n != 32)):
         return "a mask needs the update first and tiles of 32 or whole blocks of 128 columns"
     if dropout and c.persistent:
         return "a mask beside the state of a persistent loop spills registers"
-    per_thread = c.block_m * c.block_n // (32 * c.num_warps)
     if rank_blocks(rank, itemsize) > 2 and per_thread > REGISTERS // 2:
         return f"the loop over rank {rank} beside a tile of this size spills registers"
     if members > 1 and (c.flatten or per_thread * (4 if dropout else 1) > REGISTERS):
@@ -203,7 +218,8 @@ def gemm(
     """
     if "gemm" in _forced:
         return _forced["gemm"]
-    usable_maps = descriptor and where.descriptors
+    table = gemm_table(itemsize, where)
+    usable_maps = descriptor and any(c.descriptor for c in table)
     found = tuned_tiles.lookup(
         "gemm", where.name, M, P=P, rank=padded_rank(rank), itemsize=itemsize, dropout=dropout,
         exact=exact, descriptor=usable_maps, members=members,
@@ -224,7 +240,7 @@ def gemm(
 
     candidates = [
         c
-        for c in gemm_table(itemsize, where)
+        for c in table
         if c.descriptor == usable_maps
         and not invalid(c, where, itemsize, rank, dropout=dropout, exact=exact, members=members)
     ]
@@ -319,7 +335,8 @@ def da_pass(M: int, K: int, total: int, itemsize: int, where: Target) -> Rows:
     found = tuned_tiles.lookup("da_pass", where.name, M, K=K, total=total, itemsize=itemsize)
     if found is not None:
         return Rows(**found)
-    held = 128 if itemsize == 2 else 32
+    # With dropout a tile is 32 columns or whole blocks of 128, see the generator.
+    held = 32 if itemsize == 4 or total > 128 else 128
     row = (held + total) * itemsize
     step = _step((64, 32), row, where, 3) if total <= 64 else 32
     if itemsize == 4:

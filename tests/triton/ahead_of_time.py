@@ -1,0 +1,122 @@
+"""Compile what a launch would run, for any GPU, without one: a driver that only knows its target.
+
+The host code of an op runs on CPU tensors, its kernels replaced by :class:`Recorder`, so each
+compilation sees the very arguments, and so the specialisation on strides and alignment, of a
+launch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 108),
+    "sm_90": (GPUTarget("cuda", 90, 32), 132),
+    "sm_100": (GPUTarget("cuda", 100, 32), 148),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 304),
+}
+
+
+class TargetDriver:
+    """What JITFunction.warmup asks of a driver."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def map_python_to_cpp_type(self, name: str) -> str:
+        return name
+
+
+def compile_for(name: str) -> None:
+    driver.set_active(TargetDriver(TARGETS[name][0]))
+
+
+@dataclass
+class Compiled:
+    """One kernel that was compiled, and what its machine code holds."""
+
+    kernel: str
+    compiled: Any
+    constants: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shared(self) -> int:
+        return int(self.compiled.metadata.shared)
+
+    @property
+    def is_cuda(self) -> bool:
+        return "cubin" in self.compiled.asm
+
+    def _dump(self, *options: str) -> str:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.compiled.asm["cubin"])
+            file.flush()
+            done = subprocess.run(
+                [str(TOOLS / "cuobjdump"), *options, file.name],
+                capture_output=True, text=True, check=True,
+                env={**os.environ, "PATH": f"{TOOLS}:{os.environ['PATH']}"},
+            )  # fmt: skip
+        return done.stdout
+
+    @cached_property
+    def opcodes(self) -> Counter[str]:
+        pattern = r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)"
+        return Counter(re.findall(pattern, self._dump("-sass")))
+
+    @cached_property
+    def registers_and_stack(self) -> tuple[int, int]:
+        found = re.search(r"REG:(\d+) STACK:(\d+)", self._dump("-res-usage"))
+        assert found is not None
+        return int(found[1]), int(found[2])
+
+    def spills(self) -> int:
+        """Bytes of stack and instructions that move registers to and from it."""
+        if self.is_cuda:
+            code = self.opcodes
+            return self.registers_and_stack[1] + code["LDL"] + code["STL"]
+        text = self.compiled.asm["amdgcn"]
+        counts = re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s*(\d+)", text)
+        stack = re.findall(r"\.private_segment_fixed_size:\s*(\d+)", text)
+        assert counts and stack
+        return sum(map(int, counts + stack))
+
+    def __str__(self) -> str:
+        shown = {k: v for k, v in self.constants.items() if k != "PRECISION"}
+        return f"{self.kernel} {shown}"
+
+
+class Recorder:
+    """Stands in for a kernel: `kernel[grid](*args)` compiles it and keeps the result."""
+
+    def __init__(self, kernel: Any, found: list[Compiled]) -> None:
+        self.kernel, self.found = kernel, found
+        kernel.device_caches.clear()  # it holds the target of the driver before
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*args: Any, **options: Any) -> None:
+            made = self.kernel.warmup(*args, grid=grid, **options)
+            self.found.append(Compiled(self.kernel.fn.__name__, made, options))
+
+        return launch

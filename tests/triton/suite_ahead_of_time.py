@@ -1,0 +1,197 @@
+"""Every Triton kernel and tile of lora_linear compiled for GPUs that are not here.
+
+What is asserted of the machine code: no spills, shared memory within the device's limit, and the
+units that the design counts on (wgmma and tensor maps on sm_90, mma on sm_80). Not collected by
+itself: test_triton.py runs this file in a process of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ahead_of_time
+import pytest
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from lora_kernels.ops.lora_linear import (
+    configs,
+    triton_adapter_grads,
+    triton_gemm,
+    triton_shrink,
+)
+from lora_kernels.ops.lora_linear import triton as host
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+KERNELS = (
+    triton_shrink.shrink, triton_adapter_grads.dy_pass, triton_adapter_grads.da_pass,
+    triton_adapter_grads.sum_partials, triton_gemm.gemm_pointer, triton_gemm.gemm_descriptor,
+)  # fmt: skip
+QKV = (4096, 1024, 1024)
+
+
+@dataclass(frozen=True)
+class Case:
+    target: str
+    rank: int = 16
+    N: tuple[int, ...] = (4096,)
+    dtype: torch.dtype = BF16
+    adapter: torch.dtype = BF16
+    dropout_p: float = 0.0
+    M: int = 8192
+    K: int = 4096
+
+    def __str__(self) -> str:
+        kind = f"{self.dtype}-{self.adapter}".replace("torch.", "")
+        return f"{self.target}-r{self.rank}-{len(self.N)}x-{kind}-p{self.dropout_p}-K{self.K}"
+
+
+@pytest.fixture
+def compile_case(monkeypatch):
+    """Runs forward and backward of a case into compilations, no element of it ever touched."""
+
+    def compile_all(case: Case) -> tuple[list[ahead_of_time.Compiled], configs.Target]:
+        target = configs.target(case.target, ahead_of_time.TARGETS[case.target][1])
+        ahead_of_time.compile_for(case.target)
+        found: list[ahead_of_time.Compiled] = []
+        recorders = [ahead_of_time.Recorder(kernel, found) for kernel in KERNELS]
+        monkeypatch.setattr(
+            host, "_kernels", lambda: host._Kernels(*recorders, TensorDescriptor, False)
+        )
+        monkeypatch.setattr(host, "_target", lambda *args: target)
+        x = torch.empty(case.M, case.K, dtype=case.dtype)
+        ws = [torch.empty(n, case.K, dtype=case.dtype) for n in case.N]
+        las = [torch.empty(case.rank, case.K, dtype=case.adapter) for _ in case.N]
+        lbs = [torch.empty(n, case.rank, dtype=case.adapter) for n in case.N]
+        biases = [torch.empty(n, dtype=case.dtype) for n in case.N]
+        seed = torch.zeros((), dtype=torch.int64)
+        ys, s = host.lora_linear_fwd(x, ws, las, lbs, biases, [0.5] * len(ws), case.dropout_p, seed)
+        host.lora_linear_bwd(
+            ys, x, ws, las, lbs, s, [0.5] * len(ws), case.dropout_p, seed, True, True, True
+        )
+        return found, target
+
+    return compile_all
+
+
+def assert_fits(found: list[ahead_of_time.Compiled], target: configs.Target) -> None:
+    wrong = []
+    for made in {id(c.compiled): c for c in found}.values():
+        if made.shared > target.shared_bytes:
+            wrong.append(f"{made}: {made.shared} bytes of shared memory")
+        if made.spills():
+            wrong.append(f"{made}: spills {made.spills()}")
+    assert not wrong, f"{target.name}:\n" + "\n".join(wrong)
+
+
+def gemms(found: list[ahead_of_time.Compiled]) -> list[ahead_of_time.Compiled]:
+    return [c for c in found if c.kernel.startswith("gemm")]
+
+
+def assert_units(found: list[ahead_of_time.Compiled], case: Case) -> None:
+    """The matrix units and copies that the speed of the GEMM stands on."""
+    for made in gemms(found):
+        code = made.opcodes if made.is_cuda else {}
+        if case.target == "sm_90" and case.dtype != FP32:
+            assert made.kernel == "gemm_descriptor" or case.K % 8
+            assert code["HGMMA"] > 0, made
+            assert case.K % 8 or code["UTMALDG"] > 2, f"{made}: no pipeline of tensor-map loads"
+        elif case.target == "sm_80" and case.dtype != FP32:
+            assert code["HMMA"] > 0, made
+            assert code["LDGSTS"] > 0, f"{made}: no asynchronous copies"
+        elif case.target == "sm_100" and case.dtype != FP32:
+            assert "tcgen05.mma" in made.compiled.asm["ptx"], made
+        elif case.target == "gfx942" and case.dtype != FP32:
+            assert "v_mfma" in made.compiled.asm["amdgcn"], made
+    for made in found:
+        if made.kernel in ("shrink", "dy_pass", "da_pass") and case.dtype != FP32:
+            text = made.compiled.asm.get("ptx") or made.compiled.asm["amdgcn"]
+            assert "mma" in text or "mfma" in text, made
+            if case.target in ("sm_80", "sm_90"):
+                assert made.opcodes["LDGSTS"] > 0 or case.rank > 64, f"{made}: not pipelined"
+
+
+FEW = [
+    Case("sm_90", dropout_p=0.1, N=QKV, adapter=FP32),
+    Case("sm_90", rank=64),
+    Case("sm_80"),
+    Case("sm_100"),
+    Case("gfx942", dropout_p=0.1),
+]
+MANY = [
+    Case(target, rank, n, dtype, adapter, p)
+    for target in ahead_of_time.TARGETS
+    for rank in (3, 16, 32, 64, 100, 256)
+    for n in ((4096,), QKV)
+    for dtype, adapter in ((BF16, BF16), (BF16, FP32), (FP16, FP16), (FP32, FP32))
+    for p in (0.0, 0.1)
+    if not (dtype == FP16 and rank != 16) and not (adapter != dtype and rank not in (16, 256))
+] + [Case(target, K=4095, dropout_p=p) for target in ahead_of_time.TARGETS for p in (0.0, 0.1)]
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_defaults(compile_case, case):
+    found, target = compile_case(case)
+    assert_fits(found, target)
+    assert_units(found, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MANY, ids=str)
+def test_defaults_of_every_kind(compile_case, case):
+    found, target = compile_case(case)
+    assert_fits(found, target)
+    assert_units(found, case)
+
+
+TILES = [
+    (name, tile, dtype, rank, dropout)
+    for name in ahead_of_time.TARGETS
+    for dtype in (BF16, FP32)
+    for tile in configs.gemm_table(dtype.itemsize, configs.target(name, 1))
+    for rank in (16, 64, 128)
+    for dropout in (False, True)
+    if not configs.invalid(
+        tile, configs.target(name, 1), dtype.itemsize, rank, dropout=dropout
+    )
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "tile", "dtype", "rank", "dropout"), TILES, ids=str)
+def test_every_tile_that_the_predicate_lets_pass(compile_case, name, tile, dtype, rank, dropout):
+    with configs.forced(gemm=tile):
+        case = Case(name, rank, dtype=dtype, adapter=dtype, dropout_p=0.1 if dropout else 0.0)
+        found, target = compile_case(case)
+    assert_fits(gemms(found), target)
+
+
+def test_a_tile_that_is_too_large_is_noticed(compile_case):
+    """Negative controls of both gates: the predicate says no, and the compiler's output agrees."""
+    target = configs.target("sm_80", 108)
+    deep = configs.Gemm(128, 128, 64, 8, 6)
+    assert "shared memory" in configs.invalid(deep, target, 2, 16)
+    thin = configs.Gemm(128, 256, 32, 4, 3)
+    assert "does not fit 4 warps" in configs.invalid(thin, target, 2, 16)
+    for tile, said in ((deep, "bytes of shared memory"), (thin, "spills")):
+        with configs.forced(gemm=tile):
+            found, _ = compile_case(Case("sm_80", M=256, K=512, N=(512,)))
+        with pytest.raises(AssertionError, match=said):
+            assert_fits(gemms(found), target)
+
+
+def test_a_new_scaling_or_length_compiles_nothing_new(compile_case):
+    """Scalings, M and the drop rate are run-time values."""
+    first, _ = compile_case(Case("sm_90", M=8192))
+    kernels = {id(c.compiled) for c in first}
+    x = torch.empty(7777, 4096, dtype=BF16)
+    w, a, b = (torch.empty(*s, dtype=BF16) for s in ((4096, 4096), (16, 4096), (4096, 16)))
+    with configs.forced(
+        gemm=configs.gemm(8192, 4096, 16, 2, host.target_of(x), descriptor=True),
+        shrink=configs.shrink(8192, 4096, 16, 2, host.target_of(x), False),
+    ):
+        found: list[ahead_of_time.Compiled] = []
+        for recorder in host._kernels()[:6]:
+            recorder.found = found
+        host.lora_linear_fwd(x, [w], [a], [b], [torch.empty(4096, dtype=BF16)], [0.37], 0.0, None)
+    assert {id(c.compiled) for c in found} <= kernels
