@@ -63,10 +63,10 @@ def lora_linear_fwd(
     s = _shrink(x, lora_as, dropout_p, seed)
     ys, column = [], 0
     for w, b, bias, scaling in zip(weights, lora_bs, biases, scalings, strict=True):
-        r = b.shape[1]
         y = F.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        y.addmm_(s[:, column : column + r], b.to(x.dtype).t(), alpha=scaling)
-        column += r
+        part = s if len(weights) == 1 else s[:, column : column + b.shape[1]]
+        y.addmm_(part, b.to(x.dtype).t(), alpha=scaling)
+        column += b.shape[1]
         ys.append(y)
     return ys, s
 
@@ -88,26 +88,34 @@ def lora_linear_bwd(
     """dX [M, K], dAs in the dtype of A, dBs in the dtype of B; what is not needed is empty."""
     ranks = [a.shape[0] for a in lora_as]
     rescale = 1.0 if seed is None else keep_scale(dropout_p)
-    columns = [slice(sum(ranks[:g]), sum(ranks[: g + 1])) for g in range(len(ranks))]
-    dx, das, dbs = x.new_empty(0), [], []
-    ds = x.new_empty(x.shape[0], sum(ranks)) if need_dx or need_da else x.new_empty(0)
+    single = len(ranks) == 1
+    dx, ds, das, dbs, column = x.new_empty(0), x, [], [], 0
+    if (need_dx or need_da) and not single:
+        ds = x.new_empty(x.shape[0], sum(ranks))
     for g, (dy, w, b, scaling) in enumerate(zip(dys, weights, lora_bs, scalings, strict=True)):
         if need_dx or need_da:
-            scaled_product(dy, b.to(x.dtype), scaling * rescale, ds[:, columns[g]])
+            out = None if single else ds[:, column : column + ranks[g]]
+            made = scaled_product(dy, b.to(x.dtype), scaling * rescale, out)
+            ds = made if single else ds
         if need_dx:
             dx = dy @ w.to(x.dtype) if g == 0 else dx.addmm_(dy, w.to(x.dtype))
         if need_db:
-            dbs.append(mm_accumulate(dy, s[:, columns[g]], b.dtype, scaling))
+            part = s if single else s[:, column : column + ranks[g]]
+            dbs.append(mm_accumulate(dy, part, b.dtype, scaling))
+        column += ranks[g]
     if seed is None or dropout_p == 0.0:
         if need_dx:
             dx.addmm_(ds, _joined(lora_as, x.dtype))
         if need_da:
             das = joint_das(ds, x, lora_as, ranks)
         return dx, das, dbs
+    column = 0
     for g, a in enumerate(lora_as):
+        if need_dx or need_da:
+            part = ds[:, column : column + ranks[g]]
         if need_dx:
-            add_dropped(dx, ds[:, columns[g]], a.to(x.dtype), dropout_p, seed, g)
+            add_dropped(dx, part, a.to(x.dtype), dropout_p, seed, g)
         if need_da:
-            dropped = drop(x, seed, dropout_p, g)
-            das.append(mm_accumulate(ds[:, columns[g]], dropped, a.dtype, 1.0))
+            das.append(mm_accumulate(part, drop(x, seed, dropout_p, g), a.dtype, 1.0))
+        column += ranks[g]
     return dx, das, dbs

@@ -20,22 +20,25 @@ def on_gpu(t: Tensor) -> bool:
     return t.is_cuda
 
 
-def scaled_product(left: Tensor, right: Tensor, scale: float, out: Tensor) -> Tensor:
-    """out = scale * left right; what `out` holds before does not count."""
+def scaled_product(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+    """scale * left right, in `out` where given; what `out` holds before does not count."""
     if on_gpu(left):
+        out = left.new_empty(left.shape[0], right.shape[1]) if out is None else out
         return out.addmm_(left, right, beta=0, alpha=scale)
-    return torch.mul(left @ right, scale, out=out)
+    if out is not None:
+        return torch.mul(left @ right, scale, out=out)
+    product = left @ right
+    return product if scale == 1.0 else product.mul_(scale)
 
 
 def mm_accumulate(left: Tensor, right: Tensor, out_dtype: torch.dtype, scale: float) -> Tensor:
     """scale * left^T right, [M, p]^T [M, q], accumulated in `out_dtype` where it is wider."""
-    p, q = left.shape[1], right.shape[1]
     if out_dtype.itemsize <= left.dtype.itemsize:
-        return scaled_product(left.t(), right, scale, left.new_empty(p, q)).to(out_dtype)
+        return scaled_product(left.t(), right, scale).to(out_dtype)
     if left.is_cuda and out_dtype == torch.float32:
         product = torch.mm(left.t(), right, out_dtype=torch.float32)
         return product if scale == 1.0 else product.mul_(scale)
-    total = left.new_zeros(p, q, dtype=out_dtype)
+    total = left.new_zeros(left.shape[1], right.shape[1], dtype=out_dtype)
     for i in range(0, left.shape[0], _CHUNK):
         rows = slice(i, i + _CHUNK)
         total.addmm_(left[rows].to(out_dtype).t(), right[rows].to(out_dtype), alpha=scale)
