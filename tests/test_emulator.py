@@ -218,6 +218,7 @@ def test_choice_of_a_tile(dll, m, n, sm_count, tile):
     assert dll.lk_gemm_sm80_choice(ctypes.addressof(p)) == TILES[tile]
     p.term[0].lda = 65
     assert dll.lk_gemm_sm80_choice(ctypes.addressof(p)) == UNALIGNED
+    assert dll.lk_gemm_sm80_tile(ctypes.addressof(p), TILES[tile]) != 0  # and nothing else can
 
 
 @pytest.mark.parametrize("rank", [16, 40, 150])

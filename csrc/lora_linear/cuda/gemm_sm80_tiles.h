@@ -64,6 +64,10 @@ inline GemmTile choose_tile(const GemmParams& p) {
   return best;
 }
 
+// One variant by name, for tuners and tests: cudaErrorInvalidValue where operands without 16-byte
+// rows meet another variant than kUnaligned.
+cudaError_t launch_gemm_sm80_tile(const GemmParams&, GemmTile, cudaStream_t);
+
 // gemm_sm80_{bf16,fp16}.cu
 cudaError_t run_gemm_sm80_bf16(const GemmParams&, GemmTile, cudaStream_t);
 cudaError_t run_gemm_sm80_fp16(const GemmParams&, GemmTile, cudaStream_t);

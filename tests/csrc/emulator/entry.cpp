@@ -30,9 +30,7 @@ LK_ENTRY(gemm_sm80, GemmParams)
 
 // One tile variant of the GEMM instead of the launcher's choice.
 int lk_gemm_sm80_tile(const cuda::GemmParams* p, int tile) {
-  const auto run = p->dtype == lora_kernels::Dtype::kBFloat16 ? cuda::run_gemm_sm80_bf16
-                                                              : cuda::run_gemm_sm80_fp16;
-  return static_cast<int>(run(*p, static_cast<cuda::GemmTile>(tile), nullptr));
+  return static_cast<int>(cuda::launch_gemm_sm80_tile(*p, static_cast<cuda::GemmTile>(tile), nullptr));
 }
 int lk_gemm_sm80_choice(const cuda::GemmParams* p) {
   return static_cast<int>(cuda::choose_tile(*p));
