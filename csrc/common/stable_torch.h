@@ -3,7 +3,6 @@
 // current stream, errors. Needs -DTORCH_TARGET_VERSION.
 #pragma once
 
-#include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -16,6 +15,12 @@
 
 #include "dtype.h"
 
+#if defined(LK_EMULATOR)
+#include "emulator/runtime.h"
+#else
+#include <cuda_runtime_api.h>
+#endif
+
 // libtorch_cuda has it; weak, so that the library loads beside a torch that was built without CUDA.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 
@@ -25,6 +30,23 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 [[noreturn]] inline void fail(const std::string& message) { throw std::runtime_error(message); }
+
+#if defined(LK_EMULATOR)
+
+inline void check_launch(cudaError_t error, const char* kernel) {
+  if (error != cudaSuccess) fail(std::string(kernel) + ": error " + std::to_string(error));
+}
+
+inline bool on_device(const Tensor& t) { return t.is_cpu(); }
+
+struct Place {
+  explicit Place(const Tensor&) {}
+  cudaStream_t stream = nullptr;
+  int sm_count = 2;
+  bool hopper = false;
+};
+
+#else
 
 inline void check_launch(cudaError_t error, const char* kernel) {
   if (error == cudaSuccess) return;
@@ -44,6 +66,25 @@ inline int device_attribute(cudaDeviceAttr attribute, int32_t device) {
   check_launch(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
   return value;
 }
+
+inline bool on_device(const Tensor& t) { return t.is_cuda(); }
+
+// What a call needs to know about where x lies; x's device is current as long as this lives.
+struct Place {
+  explicit Place(const Tensor& x)
+      : guard(x.get_device_index()),
+        stream(current_stream(x.get_device_index())),
+        sm_count(device_attribute(cudaDevAttrMultiProcessorCount, x.get_device_index())),
+        hopper(device_attribute(cudaDevAttrComputeCapabilityMajor, x.get_device_index()) == 9 &&
+               device_attribute(cudaDevAttrComputeCapabilityMinor, x.get_device_index()) == 0) {}
+
+  torch::stable::accelerator::DeviceGuard guard;
+  cudaStream_t stream;
+  int sm_count;
+  bool hopper;
+};
+
+#endif
 
 inline Dtype dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {

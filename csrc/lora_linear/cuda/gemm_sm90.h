@@ -7,9 +7,7 @@
 // GB of compiler per instantiation against 2 s.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
-#include "params.h"
+#include "launch.h"
 
 namespace lora_kernels::lora_linear::cuda {
 

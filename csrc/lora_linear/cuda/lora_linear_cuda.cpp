@@ -20,24 +20,9 @@ using stable::check_launch;
 using stable::dtype_of;
 using stable::fail;
 using stable::Matrix;
+using stable::on_device;
+using stable::Place;
 using stable::Tensor;
-
-// What every call needs to know about where it runs.
-struct Place {
-  explicit Place(const Tensor& x)
-      : guard(x.get_device_index()),
-        stream(stable::current_stream(x.get_device_index())),
-        sm_count(stable::device_attribute(cudaDevAttrMultiProcessorCount, x.get_device_index())),
-        hopper(stable::device_attribute(cudaDevAttrComputeCapabilityMajor, x.get_device_index()) ==
-                   9 &&
-               stable::device_attribute(cudaDevAttrComputeCapabilityMinor, x.get_device_index()) ==
-                   0) {}
-
-  torch::stable::accelerator::DeviceGuard guard;
-  cudaStream_t stream;
-  int sm_count;
-  bool hopper;
-};
 
 void require(const char* why) {
   if (why != nullptr) fail(std::string("lora_linear: ") + why);
@@ -51,7 +36,7 @@ Dropout make_dropout(int64_t threshold, const std::optional<Tensor>& seed) {
   Dropout dropout{};
   if (threshold == 0) return dropout;
   require(threshold > 0 && threshold <= 65536, "threshold is not in 0..65536");
-  require(seed.has_value() && seed->scalar_type() == stable::ScalarType::Long && seed->is_cuda() &&
+  require(seed.has_value() && seed->scalar_type() == stable::ScalarType::Long && on_device(*seed) &&
               seed->numel() == 1,
           "dropout needs a seed: one int64 on the device of x");
   dropout.threshold = static_cast<uint32_t>(threshold);
@@ -163,7 +148,7 @@ void check_group(const Matrix& x, const std::vector<Matrix>& w, const std::vecto
             "the shapes of x, weight, lora_a and lora_b do not fit");
     require(w[g].tensor.scalar_type() == x.tensor.scalar_type(), "weight and x differ in dtype");
     for (const Matrix* m : {&w[g], &a[g], &b[g]}) {
-      require(m->tensor.is_cuda() && m->tensor.get_device_index() == x.tensor.get_device_index(),
+      require(on_device(m->tensor) && m->tensor.get_device_index() == x.tensor.get_device_index(),
               "an operand is on another device than x");
     }
   }
@@ -367,7 +352,15 @@ std::string build_info() { return std::string("nvcc ") + LK_NVCC_VERSION + "; " 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(lora_kernels_cuda, m) {
+#if defined(LK_EMULATOR)
+#define LK_LIBRARY lora_kernels_emulated
+#define LK_KEY CPU
+#else
+#define LK_LIBRARY lora_kernels_cuda
+#define LK_KEY CUDA
+#endif
+
+STABLE_TORCH_LIBRARY_FRAGMENT(LK_LIBRARY, m) {
   m.def(
       "lora_linear_fwd(Tensor x, Tensor[] weights, Tensor[] lora_as, Tensor[] lora_bs, "
       "Tensor?[] biases, float[] scalings, float keep_scale, int threshold, Tensor? seed, "
@@ -380,12 +373,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lora_kernels_cuda, m) {
   m.def("build_info() -> str");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(lora_kernels_cuda, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(LK_LIBRARY, LK_KEY, m) {
   m.impl("lora_linear_fwd", TORCH_BOX(&forward));
   m.impl("lora_linear_bwd", TORCH_BOX(&backward));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(lora_kernels_cuda, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(LK_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&build_info));
 }
 
