@@ -54,6 +54,7 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 PER_INT32 = 8  # int4 codes in one int32
 # Blocks with a smaller maximum are coded as if it were this large (bitsandbytes does so, too).
 MIN_ABSMAX = 1e-38
+MAX_VALUE = 2.0**120  # 127 times this, and sums of 256 of these, are finite in fp32
 
 FLAT, INT8_ROW = "flat", "int8_row"
 GPTQ, GPTQ_V1, AWQ = "gptq", "gptq_v1", "awq"

@@ -64,7 +64,7 @@ def make_spec(
 
 
 def check_weight(w: Tensor, what: str) -> None:
-    """Something to quantize: a tensor with finite values that fp32 can hold."""
+    """Something to quantize: a tensor with finite values that the statistics can hold."""
     if not isinstance(w, Tensor):
         _fail("quantize", f"{what} is a {type(w).__name__}; accepted: torch.Tensor")
     if w.is_meta:
@@ -74,8 +74,10 @@ def check_weight(w: Tensor, what: str) -> None:
     if w.numel() and not bool(torch.isfinite(w).all()):
         bad = int((~torch.isfinite(w)).sum())
         _fail("quantize", f"{what} has {bad} NaN or infinite values of {w.numel()}")
-    if w.dtype == torch.float64 and w.numel() and not bool(torch.isfinite(w.float()).all()):
-        _fail("quantize", f"{what} has values beyond the range of float32")
+    largest = float(w.abs().max()) if w.numel() else 0.0
+    if largest > formats.MAX_VALUE:
+        limit = f"{formats.MAX_VALUE:.3g}, beyond which products of statistics overflow float32"
+        _fail("quantize", f"{what} has values up to {largest:.3g}; accepted: up to {limit}")
 
 
 def _block_size(layout: str, format: str, block_size: int | None, k: int) -> int:
