@@ -12,6 +12,7 @@ import torch.nn.functional as F
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
+import lora_kernels as lk  # noqa: E402
 from lora_kernels.integrations.transformers.causal_lm_loss import (  # noqa: E402
     fuse_loss,
     unfuse_loss,
@@ -237,3 +238,19 @@ def test_copies_and_pickles_compute_the_same():
         assert torch.equal(other(**batch()).loss, loss)
         assert other.lm_head.forward.args[0] is other.lm_head
     assert list(model.state_dict()) == list(build("llama").state_dict())
+
+
+def test_apply_takes_the_loss_on_request():
+    model = lora(build("llama"))
+    assert lk.apply(model).groups == []
+    assert not isinstance(model(**batch()).logits, DeferredLogits)
+    with lk.applied(model, fused_loss=True) as report:
+        (group,) = report.groups
+        assert group["kind"] == "linear_cross_entropy" and group["status"] == "fused"
+        assert group["name"].endswith("lm_head")
+        assert isinstance(model(**batch()).logits, DeferredLogits)
+        assert report.to_dict()["groups"] == [group]
+    assert not isinstance(model(**batch()).logits, DeferredLogits)
+    layers = len(lk.apply(model, fused_loss=True).layers)
+    assert lk.unapply(model) == layers + 1
+    assert lk.unapply(model) == 0

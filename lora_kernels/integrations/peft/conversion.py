@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from types import MethodType
 from typing import Any
 
@@ -17,6 +18,11 @@ from lora_kernels.integrations.peft.fallback import warn_once
 from lora_kernels.integrations.peft.linear import FusedLoraLinear, FusedQuantLoraLinear
 from lora_kernels.integrations.peft.quant_base import is_quantized, quantized_base
 from lora_kernels.integrations.peft.report import ApplyReport
+from lora_kernels.integrations.transformers.causal_lm_loss import (
+    fuse_loss,
+    loss_is_fused,
+    unfuse_loss,
+)
 from lora_kernels.modules.quant_linear import QuantLinear
 from lora_kernels.modules.report import FUSED, STOCK, LayerReport
 from lora_kernels.ops import _dispatch, explain
@@ -24,7 +30,7 @@ from lora_kernels.ops import _dispatch, explain
 _ROWS = 1024  # of the problem for which the report names a backend
 
 
-def apply(model: nn.Module) -> ApplyReport:
+def apply(model: nn.Module, *, fused_loss: bool = False) -> ApplyReport:
     """Let every LoRA linear of `model` that can be fused run fused.
 
     Works on a model that is already built: by ``get_peft_model``, ``PeftModel.from_pretrained``
@@ -37,6 +43,11 @@ def apply(model: nn.Module) -> ApplyReport:
 
     ``LORA_KERNELS_DISABLE=apply`` (or ``lora_linear``) leaves every layer stock.
 
+    Args:
+        fused_loss: causal language models compute the loss of a call with labels by
+            ``lk.ops.linear_cross_entropy``, without logits; ``outputs.logits`` are made when
+            they are read. The report's groups say which models do.
+
     Returns:
         The :class:`ApplyReport`; a model without LoRA layers gives an empty one.
 
@@ -45,34 +56,38 @@ def apply(model: nn.Module) -> ApplyReport:
         StrictFallbackError: ``LORA_KERNELS_STRICT=1`` and a layer would be stock; nothing changed.
         BackendUnavailableError: ``LORA_KERNELS_BACKEND`` names a backend that cannot run a layer.
     """
-    return _apply(model)[0]
+    return _apply(model, fused_loss)[0]
 
 
 def unapply(model: nn.Module) -> int:
-    """Give every fused layer of `model` its PEFT class back.
+    """Give every fused layer of `model` its PEFT class back, and the loss its logits.
 
     Returns:
-        How many layers changed; 0 when none was fused.
+        How many layers and losses changed; 0 when none was fused.
 
     Raises:
         InvalidArgumentError: `model` is not a torch.nn.Module.
     """
-    return sum(_to_stock(module) for module in _checked(model).modules())
+    layers = sum(_to_stock(module) for module in _checked(model).modules())
+    return layers + unfuse_loss(model)
 
 
 @contextmanager
-def applied(model: nn.Module) -> Iterator[ApplyReport]:
-    """``with applied(model) as report:`` fused inside; the layers that it changed return after.
+def applied(model: nn.Module, *, fused_loss: bool = False) -> Iterator[ApplyReport]:
+    """``with applied(model) as report:`` fused inside; what it changed returns after.
 
     Raises:
         As :func:`apply`.
     """
-    report, changed = _apply(model)
+    before = loss_is_fused(_checked(model))
+    report, changed = _apply(model, fused_loss)
     try:
         yield report
     finally:
         for module in changed:
             _to_stock(module)
+        if fused_loss and not before:
+            unfuse_loss(model)
 
 
 def _checked(model: Any) -> nn.Module:
@@ -83,7 +98,7 @@ def _checked(model: Any) -> nn.Module:
     return model
 
 
-def _apply(model: nn.Module) -> tuple[ApplyReport, list[nn.Module]]:
+def _apply(model: nn.Module, fused_loss: bool) -> tuple[ApplyReport, list[nn.Module]]:
     layers: list[tuple[str, Any]] = [
         (n, m) for n, m in _checked(model).named_modules() if isinstance(m, LoraLayer)
     ]
@@ -105,6 +120,10 @@ def _apply(model: nn.Module) -> tuple[ApplyReport, list[nn.Module]]:
             changed.append(layer)
         elif not able:
             _to_stock(layer)
+    if fused_loss:
+        report.groups.extend(
+            {"kind": "linear_cross_entropy", **asdict(entry)} for entry in fuse_loss(model)
+        )
     return report, changed
 
 

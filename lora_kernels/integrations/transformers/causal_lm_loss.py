@@ -57,6 +57,11 @@ def unfuse_loss(model: nn.Module) -> int:
     return sum(_restore(causal) for _, causal in _causal_models(model))
 
 
+def loss_is_fused(model: nn.Module) -> bool:
+    """Does any causal language model in `model` compute its loss without logits."""
+    return any(hasattr(causal, _HOOKS) for _, causal in _causal_models(model))
+
+
 def _causal_models(model: nn.Module) -> Iterator[tuple[str, Any]]:
     from transformers import PreTrainedModel
 
