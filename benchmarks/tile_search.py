@@ -134,9 +134,9 @@ def one(
     works: dict[str, Any] = {}
     chosen: dict[str, Any] = {"default": default}
 
-    def runner(tile: Any) -> Callable[[], object]:
-        provider = providers.build("triton", case)
+    provider = providers.build("triton", case)
 
+    def runner(tile: Any) -> Callable[[], object]:
         def work() -> object:
             with tiles.forced(**{kernel: tile}):
                 return getattr(provider, direction)()
@@ -148,7 +148,7 @@ def one(
         name = f"tile {number}"
         try:
             with tiles.forced(**{kernel: tile}):
-                gate.check(providers.build("triton", case), case)
+                gate.check(provider, case)
             works[name], chosen[name] = runner(tile), tile
         except Exception as error:  # wrong, or more than the device has: not a candidate
             text = (str(error).splitlines() or [type(error).__name__])[0]

@@ -249,6 +249,22 @@ def test_a_failure_of_nobody_counts_against_all():
     assert made["backends"]["any"]["status"] == "failed"
 
 
+def test_another_op_fails_the_part_and_none_of_these_kernels():
+    made = test_part.summarise(
+        {
+            "triton": group(
+                heard("tests/ops/test_quant_linear_gpu.py::test_x[triton]", "failed"),
+                heard("tests/ops/test_lora_linear_gpu.py::test_x[triton]"),
+            ),
+            "others": group(heard("tests/ops/test_quant_linear_gpu.py::test_x", "failed")),
+        },
+        1.0,
+    )
+    assert made["status"] == "failed"
+    assert made["backends"]["triton"]["status"] == "passed"
+    assert "any" not in made["backends"]
+
+
 def test_a_test_that_never_returns_has_failed_and_the_others_stand():
     hung = group({"begin": "t.py::test_b[triton]"}, finished=False)
     hung.lines.append('{"test": "t.py::te')

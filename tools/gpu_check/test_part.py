@@ -16,8 +16,10 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lora_kernels.ops._registry import OPS
 from tools.gpu_check.parts import BACKENDS, not_run
 
+OP = "lora_linear"
 ROOT = Path(__file__).resolve().parents[2]
 OTHERS = "others"
 GROUPS = {**{b: b for b in BACKENDS}, OTHERS: " and ".join(f"not {b}" for b in BACKENDS)}
@@ -36,6 +38,12 @@ def backends_of(test: str) -> set[str]:
     ``cuda`` in a file's name counts, so files about the device call it gpu.
     """
     return set(re.split(r"[^a-z0-9]+", test.lower())) & set(BACKENDS)
+
+
+def judges(test: str) -> bool:
+    """Does a test speak for the kernels of this op: its file names no other one."""
+    file = test.partition("::")[0]
+    return not any(spec.name in file for spec in OPS if spec.name != OP)
 
 
 def _decoded(lines: list[str]) -> list[dict[str, Any]]:
@@ -72,17 +80,18 @@ def _one(tests: list[dict[str, Any]], finished: bool) -> dict[str, str]:
 
 
 def summarise(groups: dict[str, Group], seconds: float) -> dict[str, Any]:
-    """The part's entry. A test that speaks of several backends counts for each of them."""
+    """The part's entry. A test that speaks of several backends counts for each of them; one of
+    another op fails the part, but none of these kernels."""
     told = {name: heard(group) for name, group in groups.items()}
     tests = list({e["test"]: e for entries in told.values() for e in entries}.values())
     failures = [e for e in tests if e["outcome"] == "failed"]
     counts = {o: sum(e["outcome"] == o for e in tests) for o in ("passed", "failed", "skipped")}
     backends = {}
     for backend in BACKENDS:
-        mine = [e for e in tests if backend in backends_of(e["test"])]
+        mine = [e for e in tests if backend in backends_of(e["test"]) and judges(e["test"])]
         finished = backend not in groups or groups[backend].finished
         backends[backend] = _one(mine, finished)
-    nobodys = [e for e in failures if not backends_of(e["test"])]
+    nobodys = [e for e in failures if not backends_of(e["test"]) and judges(e["test"])]
     if nobodys:
         backends["any"] = _one(nobodys, True)
     late = [name for name, group in groups.items() if not group.finished]
