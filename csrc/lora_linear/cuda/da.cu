@@ -29,7 +29,7 @@ Plan make_plan(const DaParams& p) {
   const int64_t blocks =
       ceil_div(p.k, DaShape<16>::kColumns) * ceil_div(a.columns, plan.ranks);
   const Split split =
-      choose_split(ceil_div(p.m, DaShape<16>::kRows), blocks, p.sm_count, 1, 8, p.splits);
+      choose_split(ceil_div(p.m, DaShape<16>::kRows), blocks, p.sm_count, 8, p.splits);
   a.splits = split.parts;
   a.rows_per_split = split.per_part * DaShape<16>::kRows;
   a.partials = static_cast<float*>(p.workspace);

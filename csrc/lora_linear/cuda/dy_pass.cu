@@ -49,8 +49,8 @@ Plan make_plan(const DyPassParams& p) {
     d.ds_partials = plan.floats;
     if (p.ds != nullptr) plan.floats += d.column_blocks * p.m * padded_rank(w.rank);
   }
-  const Split split = choose_split(ceil_div(p.m, DyNarrow::kRows), plan.blocks, p.sm_count, 1,
-                                   4, p.splits);
+  const Split split = choose_split(ceil_div(p.m, DyNarrow::kRows), plan.blocks, p.sm_count, 4,
+                                   p.splits);
   a.splits = split.parts;
   a.rows_per_split = split.per_part * DyNarrow::kRows;
   for (int g = 0; g < p.members; ++g) {

@@ -37,7 +37,7 @@ Split shrink_split(const ShrinkParams& p) {
   const int columns = padded_columns(p);
   const int64_t blocks = ceil_div(p.m, ShrinkShape<16>::kRows) *
                          ceil_div(columns, block_columns(columns, operands_aligned(p)));
-  return choose_split(ceil_div(p.k, ShrinkShape<16>::kBlockK), blocks, p.sm_count, 2, 4, p.splits);
+  return choose_split(ceil_div(p.k, ShrinkShape<16>::kBlockK), blocks, p.sm_count, 4, p.splits);
 }
 
 template <class T, int RN, bool kAligned>

@@ -15,14 +15,14 @@ struct Split {
   int64_t per_part;  // steps, the last part may have fewer
 };
 
-// `steps` steps of each of `blocks` blocks; about `per_sm` blocks per multiprocessor are wanted and
-// no part shorter than `least` steps. wanted > 0 asks for that many parts.
-inline Split choose_split(int64_t steps, int64_t blocks, int sm_count, int per_sm, int64_t least,
+// `steps` steps of each of `blocks` blocks, no part shorter than `least` steps. Up to one block per
+// multiprocessor: with two or three tiles under way each, half of them saturate the memory, and more
+// parts only make more partial sums. wanted > 0 asks for that many parts.
+inline Split choose_split(int64_t steps, int64_t blocks, int sm_count, int64_t least,
                           int wanted) {
   int64_t parts = wanted;
   if (parts <= 0) {
-    const int64_t slots = static_cast<int64_t>(sm_count > 0 ? sm_count : 1) * per_sm;
-    parts = blocks > 0 ? slots / blocks : 1;
+    parts = blocks > 0 ? sm_count / blocks : 1;
     if (parts > steps / least) parts = steps / least;
   }
   if (parts > steps) parts = steps;
