@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import ahead_of_time
+import launcher
 import pytest
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -88,6 +89,15 @@ def gemms(found: list[ahead_of_time.Compiled]) -> list[ahead_of_time.Compiled]:
     return [c for c in found if c.kernel.startswith("gemm")]
 
 
+def assert_launchable(found: list[ahead_of_time.Compiled]) -> None:
+    for made in found:
+        if made.is_cuda:
+            wanted = 0
+            if made.kernel == "gemm_descriptor" and made.compiled.metadata.target.arch >= 90:
+                wanted = 2 * made.constants["G"] + 1
+            assert launcher.tensor_maps(made.compiled) == wanted, made
+
+
 def assert_units(found: list[ahead_of_time.Compiled], case: Case) -> None:
     """The matrix units and copies that the speed of the GEMM stands on."""
     for made in gemms(found):
@@ -134,6 +144,7 @@ def test_defaults(compile_case, case):
     found, target = compile_case(case)
     assert_fits(found, target)
     assert_units(found, case)
+    assert_launchable(found)
 
 
 @pytest.mark.slow
@@ -142,6 +153,7 @@ def test_defaults_of_every_kind(compile_case, case):
     found, target = compile_case(case)
     assert_fits(found, target)
     assert_units(found, case)
+    assert_launchable(found)
 
 
 TILES = [

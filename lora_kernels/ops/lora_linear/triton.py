@@ -29,6 +29,7 @@ from lora_kernels.ops.lora_linear.problem import LoraLinearProblem
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_GROUP = 8
+_MAX_MAPPED = 3  # members whose tensor maps one launch takes
 _SUM_BLOCK = 1024
 
 
@@ -252,7 +253,12 @@ def _gemm(
     masked = drop is not None and drop.on
     ranks = tuple(u.shape[1] for u in us)
     size = out.dtype.itemsize
-    tensor_maps = where.descriptors and size == 2 and _fits_maps(out, lefts, rights)
+    tensor_maps = (
+        where.descriptors
+        and size == 2
+        and len(lefts) <= _MAX_MAPPED
+        and _fits_maps(out, lefts, rights)
+    )
     c = configs.gemm(
         m, p, max(ranks), size, where,
         dropout=masked, exact=exact, descriptor=tensor_maps, members=len(lefts),
@@ -287,11 +293,13 @@ def _gemm(
     r_is_pq = _transposed(rights[0])
     block_r = [c.block_n, c.block_k] if r_is_pq else [c.block_k, c.block_n]
     maps = _kernels().descriptor.from_tensor
+    pairs: list[Any] = [None] * (2 * _MAX_MAPPED)
+    for g, (left, right) in enumerate(zip(lefts, rights, strict=True)):
+        pairs[2 * g] = maps(left, [c.block_m, c.block_k])
+        pairs[2 * g + 1] = maps(right.t() if r_is_pq else right, block_r)
     _kernels().gemm_descriptor[(programs,)](
-        tuple(maps(t, [c.block_m, c.block_k]) for t in lefts),
-        tuple(maps(t.t() if r_is_pq else t, block_r) for t in rights),
-        *arguments, maps(out, [c.block_m, c.block_n // c.store_parts]), seed, m, p, qs, ranks,
-        *tail, R_IS_PQ=r_is_pq, FLATTEN=c.flatten, STORE_PARTS=c.store_parts, **constants,
+        *pairs, *arguments, maps(out, [c.block_m, c.block_n // c.store_parts]), seed, m, p,
+        qs, ranks, *tail, R_IS_PQ=r_is_pq, FLATTEN=c.flatten, STORE_PARTS=c.store_parts, **constants,
     )  # fmt: skip
 
 

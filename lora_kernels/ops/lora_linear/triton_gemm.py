@@ -244,7 +244,7 @@ def _descriptor_tile(
 
 @triton.jit(do_not_specialize=["M", "threshold", "scale"])
 def gemm_descriptor(
-    ls, rs, us, vs, bias, bias_stride, c, seed_ptr, M, P, qs, ranks, ums, vrs, vps,
+    l0, r0, l1, r1, l2, r2, us, vs, bias, bias_stride, c, seed_ptr, M, P, qs, ranks, ums, vrs, vps,
     scale, threshold, programs,
     G: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr, RB: tl.constexpr,
     RANK_BLOCKS: tl.constexpr, GROUP_M: tl.constexpr, R_IS_PQ: tl.constexpr,
@@ -252,6 +252,14 @@ def gemm_descriptor(
     PERSISTENT: tl.constexpr, FLATTEN: tl.constexpr, STORE_PARTS: tl.constexpr,
     SCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    # Triton 3.6 cannot launch with descriptors in a tuple: they are arguments, None past G.
+    if G == 1:
+        ls, rs = (l0,), (r0,)
+    elif G == 2:
+        ls, rs = (l0, l1), (r0, r1)
+    else:
+        tl.static_assert(G == 3)
+        ls, rs = (l0, l1, l2), (r0, r1, r2)
     tiles_m, tiles_p = tl.cdiv(M, BM), tl.cdiv(P, BP)
     program = tl.program_id(0)
     if PERSISTENT:
