@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import lora_kernels as lk
 from lora_kernels.ops import _ledger
@@ -158,7 +159,16 @@ def test_no_gpu_here(ledger, monkeypatch):
     problem._choose.cache_clear()
     backend, reason = explain()
     assert backend == "aten"
-    assert "torch sees no GPU here" in reason
+    assert "torch sees no GPU 0 here" in reason
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_question_about_gpus_is_answered_without_one():
+    """With whatever backends are installed here."""
+    backend, reason = explain()
+    assert backend == "aten"
+    for name in evidence.BACKENDS:
+        assert f"{name}: torch sees no GPU 0 here" in reason
 
 
 @pytest.mark.parametrize(

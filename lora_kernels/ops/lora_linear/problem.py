@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_kernels._backends import cpu as cpu_library
 from lora_kernels.errors import InvalidArgumentError
-from lora_kernels.ops import _dispatch
+from lora_kernels.ops import _dispatch, _ledger
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -94,6 +94,8 @@ def supports(backend: str, problem: LoraLinearProblem) -> tuple[bool, str]:
         from lora_kernels.ops.lora_linear import cpu
 
         return cpu.supports(problem)
+    if problem.device == "cuda" and _ledger.device(problem.device_index) is None:
+        return False, f"torch sees no GPU {problem.device_index} here"
     module, why = backend_module(backend)
     return (False, why) if module is None else module.supports(problem)
 
