@@ -299,7 +299,8 @@ def _gemm(
         pairs[2 * g + 1] = maps(right.t() if r_is_pq else right, block_r)
     _kernels().gemm_descriptor[(programs,)](
         *pairs, *arguments, maps(out, [c.block_m, c.block_n // c.store_parts]), seed, m, p,
-        qs, ranks, *tail, R_IS_PQ=r_is_pq, FLATTEN=c.flatten, STORE_PARTS=c.store_parts, **constants,
+        qs, ranks, *tail,
+        R_IS_PQ=r_is_pq, FLATTEN=c.flatten, STORE_PARTS=c.store_parts, **constants,
     )  # fmt: skip
 
 
