@@ -26,7 +26,7 @@ Announce = Callable[[str, Case], None]
 MODES = ("fwd", "bwd", "fwdbwd")
 DEFAULT = (
     "frozen", "peft", "peft-fp32", "peft-compile", "unsloth", "lorafusion", "liger",
-    "aten", "triton", "cuda", "aten-fp32", "triton-fp32", "cuda-fp32",
+    "aten", "aten-padded", "triton", "cuda", "aten-fp32", "triton-fp32", "cuda-fp32",
 )  # fmt: skip
 _BASE = Case(8192, 4096, 4096, 16, torch.bfloat16, device="cuda")
 # In the order of what is missed most when the time is up.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from benchmarks import peers
 from benchmarks.peers import UnavailableError
 from lora_kernels.ops import _registry, grouped_lora_linear, lora_linear
+from lora_kernels.ops.lora_linear import PaddedBlock, padded_lora_linear
 from lora_kernels.testing import LoraLinearInputs, lora_linear_inputs
 
 BASELINE = "frozen"
@@ -38,6 +39,7 @@ LABELS = {
     "cuda": "lora_kernels cuda",
     "triton-fp32": "lora_kernels triton, fp32 adapter",
     "cuda-fp32": "lora_kernels cuda, fp32 adapter",
+    "aten-padded": "lora_kernels padded buffer",
     "unsloth": "Unsloth",
     "lorafusion": "LoRAFusion",
     "liger": "Liger",
@@ -193,6 +195,45 @@ def _op(case: Case, name: str, backend: str, adapter_dtype: torch.dtype | None) 
     return Provider(name, i, op_layer(case, i, leaves, backend, None), i.x, leaves)
 
 
+@dataclass(frozen=True)
+class PaddedProvider(Provider):
+    """`x` is the padded rows that a producer of our own would write X into."""
+
+    def _of_x(self, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (grads[0][:, : self.inputs.x.shape[1]], *grads[1:])
+
+    def fwdbwd(self) -> tuple[Tensor, ...]:
+        return self._of_x(super().fwdbwd())
+
+    def bwd(self) -> tuple[Tensor, ...]:
+        return self._of_x(super().bwd())
+
+
+def padded_layer(
+    case: Case, i: LoraLinearInputs, leaves: tuple[Tensor, ...], block: PaddedBlock,
+    seed: int | None,
+) -> Callable[[Tensor], list[Tensor]]:  # fmt: skip
+    n = len(case.outs)
+
+    def layer(rows: Tensor) -> list[Tensor]:
+        return padded_lora_linear(
+            rows, block, i.weights, leaves[1 : 1 + n], leaves[1 + n :], i.scalings,
+            dropout_p=case.dropout_p, seed=seed,
+        )  # fmt: skip
+
+    return layer
+
+
+def _padded(case: Case, name: str) -> Provider:
+    """Checked with the oracle's mask: the padded layer draws the masks of the op."""
+    i = case.inputs()
+    block = PaddedBlock(i.weights, i.lora_as, i.lora_bs)
+    rows = block.pad(i.x).detach()
+    leaves = tuple(t.requires_grad_() for t in (rows, *i.lora_as, *i.lora_bs))
+    layer = padded_layer(case, i, leaves, block, i.seed)
+    return PaddedProvider(name, i, layer, rows, leaves)
+
+
 def _peer(case: Case, name: str) -> Provider:
     i = case.inputs()
     leaves = tuple(t.requires_grad_() for t in (i.x, *i.lora_as, *i.lora_bs))
@@ -210,6 +251,8 @@ def build(name: str, case: Case) -> Provider:
         return _peft(case, name, fp32, compiled=name == "peft-compile")
     if name in peers.PEERS:
         return _peer(case, name)
+    if name == "aten-padded":
+        return _padded(case, name)
     backend = name.removesuffix("-fp32")
     if backend not in _registry.find("lora_linear").backends or name not in LABELS:
         raise ValueError(f"provider={name!r} is unknown; accepted: {', '.join(LABELS)}")

@@ -13,7 +13,9 @@ MODES = {"fwd": "forward", "fwdbwd": "forward + backward"}
 COLORS = {
     "peft": "#c9ced6", "peft-fp32": "#9aa3b0", "peft-compile": "#6b7686",
     "reference": "#e8d5b5", "aten": "#e0a458", "aten-fp32": "#edc893",
-    "cpu": "#1f6feb", "cpu-fp32": "#7fb0f7",
+    "cpu": "#1f6feb", "cpu-fp32": "#7fb0f7", "aten-padded": "#c98a2b",
+    "triton": "#2da44e", "triton-fp32": "#84cf98", "cuda": "#1f6feb", "cuda-fp32": "#7fb0f7",
+    "unsloth": "#b083c9", "lorafusion": "#8b5fa8", "liger": "#d3b8e0",
 }  # fmt: skip
 HEADER = (
     f"{'M×K×N':>16}  {'dtype':8} {'mode':7} {'provider':14} {'median ms':>10} {'IQR':>13} "

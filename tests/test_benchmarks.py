@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import machine, providers, readme_table, record, run
+from benchmarks import machine, providers, readme_table, record, report, run
 from benchmarks.gate import Gate
 from benchmarks.providers import Case
 from benchmarks.timing import Quartiles, measure
@@ -113,6 +113,10 @@ def test_turns_are_interleaved_and_rotate():
     timings = measure(works, "a", rounds=3, round_seconds=0.0, warm_up=2)
     assert "".join(turns) == "aabbcc" + "abc" + "bca" + "cab"
     assert timings["a"].ratio == Quartiles(1.0, 1.0, 1.0)
+
+
+def test_every_provider_has_a_colour():
+    assert set(report.COLORS) == set(providers.LABELS) - {providers.BASELINE}
 
 
 def test_quartiles():

@@ -145,7 +145,15 @@ def test_the_compiled_layer_is_timed_in_every_mode():
             assert [r["skipped"] for r in rows] == [None] * len(rows)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+@pytest.mark.parametrize("others", [(), (20,)])
+def test_the_padded_buffer_is_timed(dropout_p, others):
+    case = Case(33, 40, 50, 4, torch.bfloat16, dropout_p, others=others)
+    rows = gpu.run_case(case, ["frozen", "aten-padded"], gpu.MODES, TOP, wall_clock, 2, ())
+    assert [r["skipped"] for r in rows] == [None] * 6
+
+
 def test_every_provider_can_be_built():
     pytest.importorskip("peft")
-    for name in ("frozen", "peft", "peft-fp32", "peft-compile", "aten", "aten-fp32"):
+    for name in ("frozen", "peft", "peft-fp32", "peft-compile", "aten", "aten-fp32", "aten-padded"):
         assert providers.build(name, SMALL).name == name
