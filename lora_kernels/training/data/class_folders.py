@@ -33,4 +33,4 @@ def read(path: Path, options: ReadOptions) -> Records:
             f"{path}: {damaged} of {len(rows)} files are not {options.encoding}; their "
             "undecodable bytes were replaced"
         )
-    return Records(rows, ("text", "label"), str(path), notes)
+    return Records(rows, ("text", "label"), str(path), notes, named_by_reader=True)

@@ -28,4 +28,4 @@ def read(path: Path, options: ReadOptions) -> Records:
     notes = [f"{path}: {replaced} undecodable bytes replaced"] if replaced else []
     if options.documents == "auto" and len(rows) > 1:
         notes.append(f"{path}: documents guessed: {_NAMES[kind]} (data.documents={kind})")
-    return Records(rows, ("text",), str(path), notes)
+    return Records(rows, ("text",), str(path), notes, named_by_reader=True)

@@ -14,13 +14,15 @@ from lora_kernels.errors import DataError
 class Records:
     """`rows` map each of `columns` to a text, or to the list or dictionary that the file holds.
 
-    `source` names the file for messages, `notes` are for the user.
+    `source` names the file for messages, `notes` are for the user. `named_by_reader`: the file has
+    no names of columns, so finding them is no guess.
     """
 
     rows: list[dict[str, Any]]
     columns: tuple[str, ...]
     source: str
     notes: list[str] = field(default_factory=list)
+    named_by_reader: bool = False
 
 
 @dataclass(frozen=True)

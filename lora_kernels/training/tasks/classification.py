@@ -158,7 +158,7 @@ def _read(records: Records, notes: list[str], config: Config) -> list[Example]:
     if not examples:
         raise DataError(f"{records.source}: every row has an empty {text!r} or {label!r}")
     given = {"text": config.data.text, "label": config.data.label}
-    guessed = guesses(given, {"text": text, "label": label})
+    guessed = "" if records.named_by_reader else guesses(given, {"text": text, "label": label})
     dropped = len(records.rows) - len(examples)
     parts = [f"{records.source}: {len(examples)} texts", guessed]
     parts.append(f"{dropped} empty ones left out" if dropped else "")

@@ -78,6 +78,7 @@ def _prompts(
 
 def _noted(examples: list[Any], records: Records, notes: list[str], guessed: str) -> list[Any]:
     dropped = len(records.rows) - len(examples)
+    guessed = "" if records.named_by_reader else guessed
     parts = [f"{records.source}: {len(examples)} examples", guessed]
     parts.append(f"{dropped} empty ones left out" if dropped else "")
     notes.append(", ".join(part for part in parts if part))
