@@ -238,7 +238,11 @@ class QuantLinear(nn.Linear):
         with self._without_parts() as parts:
             super()._save_to_state_dict(destination, prefix, keep_vars)
             stored = parts["weight"]
-        found = to_state_dict(self.quant_weight, prefix)
+        # The packed data may be a shard of FSDP2, which nothing here has to look into.
+        head = parts_of(self.spec)[0]
+        nothing = torch.empty(head.shape, dtype=head.dtypes[0], device="meta")
+        statistics = tuple(getattr(self, name) for name in self._statistics)
+        found = to_state_dict(QuantTensor.unchecked(self.spec, (nothing, *statistics)), prefix)
         first = next(iter(found))  # weight or qweight; stored as it is, sharded if it is
         found[first] = stored if keep_vars else stored.detach()
         for name, t in found.items():

@@ -115,7 +115,7 @@ def _cpu() -> tuple[ModuleType | None, str]:
     library, reason = cpu_library.load()
     if library is None:
         return None, reason
-    if not hasattr(library, "quant_linear_engine"):
+    if not all(hasattr(library, f"quant_linear_{name}") for name in ("engine", "fwd", "bwd")):
         return None, "lora_kernels._C was built before quant_linear; rebuild it"
     return importlib.import_module("lora_kernels.ops.quant_linear.cpu"), ""
 
