@@ -109,29 +109,38 @@ TILE = {
 
 def test_tuned_tiles_are_used_and_kept_and_part_of_the_digest(h100, tmp_path):
     path = tmp_path / "nvidia-h100-80gb-hbm3.json"
-    path.write_text(json.dumps(tune.table(gpu_record(), [TILE])))
+    measured_without = tune.table(gpu_record(), [TILE])
+    path.write_text(json.dumps(measured_without))
     h100()
     where = configs.target("sm_90", 132)
+    default = configs.dy_pass(8192, 4096, 16, 2, where)
+    assert default.splits != 7, "these tiles were tuned for other kernels"
+    own = {"triton": _ledger.digest("lora_linear", "triton", (TILE,)), "cuda": "c"}
+    path.write_text(json.dumps(tune.table(gpu_record(digests=own), [TILE])))
+    h100()
     assert configs.dy_pass(8192, 4096, 16, 2, where) == configs.Rows(64, 32, 7, 4, 2)
     assert configs.dy_pass(5000, 4096, 16, 2, where).splits == 7
     for m, n, rank, arch in ((2048, 4096, 16, "sm_90"), (8192, 4095, 16, "sm_90"),
                              (8192, 4096, 64, "sm_90"), (8192, 4096, 16, "sm_80")):  # fmt: skip
         assert configs.dy_pass(m, n, rank, 2, configs.target(arch, 132)).splits != 7
-    # The record was measured without these tiles: it says nothing about them.
     shapes = {"M": 8192, "K": 4096, "N": 4096, "dtype": "bfloat16", "device": "cuda"}
-    reason = lk.explain("lora_linear", **shapes)
-    assert reason["backend"] == "cuda"
-    assert _ledger.digests_here("lora_linear")["triton"].startswith("t-")
+    assert _ledger.digests_here("lora_linear") == own
+    assert own["triton"].startswith("t-")
     source = tmp_path / "r" / "r.json"
     source.parent.mkdir()
-    again = gpu_record(digests=_ledger.digests_here("lora_linear"))
+    again = gpu_record(digests=own)
     source.write_text(json.dumps(again))
     assert tune.main(["--op", "lora_linear", "--from", str(source), "--out", str(tmp_path)]) == 0
     assert json.loads(path.read_text())["configs"] == [TILE]
     h100()
+    assert lk.explain("lora_linear", **shapes)["backend"] == "cuda"
+    # Measured without the tiles: that is no evidence for the kernels with them.
+    measured_without["backends"]["cuda"]["verdict"] = "failed"
+    path.write_text(json.dumps(measured_without))
+    h100()
     answer = lk.explain("lora_linear", **shapes)
-    assert "triton" not in answer["reason"]
-    assert answer["backend"] == "cuda"
+    assert answer["backend"] == "aten"
+    assert "triton: its sources changed" in answer["reason"]
 
 
 @pytest.mark.parametrize(

@@ -190,11 +190,19 @@ def digest(op: str, backend: str, configs: tuple[dict[str, Any], ...]) -> str:
     return f"{own}-{hashlib.sha256(told).hexdigest()[:8]}"
 
 
+def tiles_in_force(op: str, table: Table | None) -> tuple[dict[str, Any], ...]:
+    """The tuned tiles of a table while the kernels are those they were tuned for, else none."""
+    if table is None or "triton" not in table.backends:
+        return ()
+    same = table.backends["triton"]["digest"] == digest(op, "triton", table.configs)
+    return table.configs if same else ()
+
+
 def digests_here(op: str, index: int = 0) -> dict[str, str]:
     """What a measurement on the GPU of that index is a measurement of."""
     here = device(index)
     table = table_for(here, read(folder(op), op)[0]) if here else None
-    return {b: digest(op, b, table.configs if table else ()) for b in SOURCES}
+    return {b: digest(op, b, tiles_in_force(op, table)) for b in SOURCES}
 
 
 def _library_digest(op: str) -> str:

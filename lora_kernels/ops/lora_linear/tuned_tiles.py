@@ -37,15 +37,14 @@ def _lookup(
 
 @functools.cache
 def _configs(architecture: str) -> tuple[dict[str, Any], ...]:
-    """Of the newest table of the architecture; what lacks a field is left out."""
+    """Of this device's table, else of the newest one of the architecture. None of them once the
+    kernels have changed; what lacks a field is left out."""
     tables, _ = _ledger.read(_ledger.folder(OP), OP)
     here = _ledger.device(0)
     exact = here if here and here.architecture == architecture else None
     table = _ledger.table_for(exact or _ledger.Device("", architecture), tables)
-    entries = table.configs if table else ()
-    return tuple(
-        e for e in entries if e.get("backend") == "triton" and {"kernel", "key", "rows"} <= set(e)
-    )
+    entries = _ledger.tiles_in_force(OP, table)
+    return tuple(e for e in entries if {"kernel", "key", "rows", "config"} <= set(e))
 
 
 def forget() -> None:
