@@ -100,6 +100,20 @@ def _check_training(config: Config) -> None:
             "train.keep_best and train.early_stopping need validation data; give data.validation "
             "or data.validation_fraction"
         )
+    if (
+        train.eval_steps is not None
+        and not config.data.validation
+        and config.data.validation_fraction == 0.0
+    ):
+        raise ConfigError(
+            f"train.eval_steps={train.eval_steps} needs validation data; give data.validation or "
+            "data.validation_fraction"
+        )
+    if config.compare_stock and train.early_stopping is not None:
+        raise ConfigError(
+            "compare_stock=True and train.early_stopping exclude each other: both runs have to "
+            "take the same steps"
+        )
     if train.save_total_limit is not None and train.save_steps is None and not keeps_best:
         raise ConfigError(
             f"train.save_total_limit={train.save_total_limit} needs checkpoints; give "

@@ -39,7 +39,7 @@ def load_tokenizer(path: str) -> Any:
     """
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, KeyError, ImportError) as e:
         raise ConfigError(f"model={path!r}: no tokenizer can be loaded: {first_line(e)}") from None
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -66,7 +66,7 @@ def load_base(task: Task, path: str, dtype: Any, tokenizer: Any, options: dict[s
         )
     except LoraKernelsError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError) as e:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e:
         raise ConfigError(f"model={path!r} cannot be loaded: {first_line(e)}") from None
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id

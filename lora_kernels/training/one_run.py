@@ -14,7 +14,7 @@ from lora_kernels.errors import DataError
 from lora_kernels.training.arguments import keeps_best, training_arguments, writes_checkpoints
 from lora_kernels.training.callbacks import Progress, WarmUp
 from lora_kernels.training.config import Config
-from lora_kernels.training.config_checks import ADAPTER_METHODS, PEFT_METHODS
+from lora_kernels.training.config_checks import PEFT_METHODS
 from lora_kernels.training.gguf_folder import model_folder
 from lora_kernels.training.interruption import StopOnSignal
 from lora_kernels.training.loading import load_base, load_options, load_tokenizer
@@ -97,10 +97,8 @@ def train_once(
     task.prepare(base.model.to(device), tokenizer)
     method = method_module(config.method)
     model = method.prepare(base, task, config)
-    if writes_checkpoints(config):
-        copies = config.train.save_total_limit or 2
-        whole = config.method not in ADAPTER_METHODS
-        check_room("output", folder, copies * checkpoint_bytes(model.parameters(), whole))
+    if save_to is not None:
+        _check_disk(config, model, folder)
     # Lists of examples serve as datasets; the Trainer's annotations know only torch's class.
     sets: dict[str, Any] = {
         name: task.dataset(name, tokenizer) for name in ("train", "validation", "test")
@@ -165,6 +163,16 @@ def train_once(
         best_step=_best_step(trainer) if keeps_best(config) else None,
         details=dict(task.details),
     )
+
+
+def _check_disk(config: Config, model: Any, folder: Path) -> None:
+    """Room for what trained, and for the checkpoints before it."""
+    size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    check_room("output", Path(config.output).expanduser(), size)
+    if writes_checkpoints(config):
+        copies = config.train.save_total_limit or 2
+        whole = config.method not in PEFT_METHODS
+        check_room("output", folder, size + copies * checkpoint_bytes(model.parameters(), whole))
 
 
 def _scorer(task: Task, trainer: LoRATrainer) -> Callable[[Any], dict[str, float]]:

@@ -177,7 +177,7 @@ def test_a_diverged_training_writes_nothing(pair: Any, tmp_path: Path) -> None:
 
 def test_activation_checkpointing_of_frozen_models(tmp_path: Path) -> None:
     pair = write_llama(tmp_path / "model"), write_data("causal-lm", tmp_path)
-    for method in ("freeze", "qlora"):
+    for method in ("freeze", "qlora", "lora"):
         found = []
         for name, recompute in (("a", False), ("b", True)):
             settings = task_config(

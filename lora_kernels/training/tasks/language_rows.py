@@ -104,6 +104,11 @@ def read_language_splits(
         if cuts or len(examples) > 1 or not isinstance(examples[0], str) or not any(shares):
             cuts.append(False)
             return examples
+        if data.limit is not None:
+            raise ConfigError(
+                f"data.limit={data.limit} counts documents, and {records.source} is one; leave it "
+                "out, or give data.documents=line"
+            )
         cuts.append(True)
         notes.append(f"{records.source}: one document; its last lines are held out")
         return cut_text(examples[0], *shares)
