@@ -187,5 +187,6 @@ def load() -> ctypes.CDLL:
     library.lk_options.argtypes = [ctypes.c_uint64, _i32, ctypes.c_size_t]
     library.lk_register_memory.argtypes = [_ptr, ctypes.c_size_t]
     library.lk_error.restype = ctypes.c_char_p
-    library.lk_blocks_run.restype = ctypes.c_uint64
+    for name in ("blocks_run", "shared_phases", "conflicting_phases"):
+        getattr(library, f"lk_{name}").restype = ctypes.c_uint64
     return library

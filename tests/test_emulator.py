@@ -70,7 +70,7 @@ def test_what_runs_here(dll, capsys):
         print("\nGPU kernels of lora_linear: run in the emulator on the CPU; nothing ran on a GPU")
 
 
-CORRECT = ("mma", "mma_trans", "warp_sum", "cp_async", "named_barrier")
+CORRECT = ("mma", "mma_trans", "warp_sum", "cp_async", "named_barrier", "bank_conflicts")
 STOPPED = {
     "deadlock": "deadlock",
     "divergent": "different warp-wide instructions",
@@ -225,6 +225,17 @@ def test_choice_of_a_tile(dll, m, n, sm_count, tile):
 def test_devices_with_little_shared_memory(dll, rank):
     inputs = lora_linear_inputs(M=90, K=264, N=536, rank=rank, dtype=BF16, dropout_p=0.25)
     check(dll, inputs, shared_limit=SMALL)
+
+
+@pytest.mark.parametrize("rank", [16, 24, 64, 128])
+@pytest.mark.parametrize("tile", TILES)
+def test_operand_loads_have_no_bank_conflicts(dll, tile, rank):
+    """The swizzle of the tiles puts the 8 rows of every ldmatrix phase into different banks."""
+    inputs = lora_linear_inputs(M=64, K=128, N=128, rank=rank, dtype=BF16, dropout_p=0.25)
+    before = dll.lk_shared_phases(), dll.lk_conflicting_phases()
+    emulate(dll, inputs, tile=TILES[tile])
+    assert dll.lk_shared_phases() > before[0]
+    assert dll.lk_conflicting_phases() == before[1]
 
 
 def test_python_asks_for_as_much_shared_memory_as_the_kernels_need():

@@ -19,10 +19,10 @@ LK_DEVICE void cp_async16(void* shared, const void* global, int bytes) {
 #if defined(LK_EMULATOR)
   emulator::cp_async(shared, global, 16, bytes);
 #else
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(
-                   shared_address(shared)),
-               "l"(global), "r"(bytes)
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
+      "l"(global), "r"(bytes)
+      : "memory");
 #endif
 }
 
@@ -33,8 +33,7 @@ LK_DEVICE void cp_async16_if(void* shared, const void* global, bool exists) {
 #else
   asm volatile(
       "{\n.reg .pred skip;\nsetp.eq.u32 skip, %2, 0;\n"
-      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, skip;\n}\n" ::"r"(
-          shared_address(shared)),
+      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, skip;\n}\n" ::"r"(shared_address(shared)),
       "l"(global), "r"(static_cast<uint32_t>(exists))
       : "memory");
 #endif

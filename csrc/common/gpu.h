@@ -57,7 +57,9 @@ cudaError_t launch_kernel(void (*kernel)(Params), dim3 grid, unsigned threads, s
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
     if (error != cudaSuccess) return error;
   }
+  // clang-format off: it does not know the launch syntax in a header
   kernel<<<grid, threads, shared, stream>>>(params);
+  // clang-format on
   return cudaGetLastError();
 #endif
 }

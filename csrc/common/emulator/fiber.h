@@ -2,9 +2,10 @@
 // swapcontext, make no system call.
 #pragma once
 
+#include <ucontext.h>
+
 #include <csetjmp>
 #include <cstddef>
-#include <ucontext.h>
 
 namespace lora_kernels::emulator {
 
@@ -12,8 +13,8 @@ class Fiber {
  public:
   // `entry` is called on the fiber's stack with `argument` and must never return.
   void create(char* stack, size_t bytes, void (*entry)(void*), void* argument);
-  void resume(std::jmp_buf& from);                    // from the scheduler into the fiber
-  void yield(std::jmp_buf& to);                       // from the fiber back to the scheduler
+  void resume(std::jmp_buf& from);  // from the scheduler into the fiber
+  void yield(std::jmp_buf& to);     // from the fiber back to the scheduler
 
  private:
   std::jmp_buf state_;

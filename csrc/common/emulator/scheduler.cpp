@@ -204,6 +204,10 @@ void clear_global() { machine.global.clear(); }
 
 const char* error() { return machine.error.c_str(); }
 uint64_t blocks_run() { return machine.blocks; }
+SharedPhases& shared_phases() {
+  static SharedPhases phases;
+  return phases;
+}
 
 bool run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
   Machine& m = machine;

@@ -7,7 +7,8 @@
 // Shared memory is poisoned (all bits set: NaN in every floating format) when a block starts.
 // cp.async poisons its destination when it is issued and writes it when the issuing thread waits
 // for the group, so that a read before the wait, or a copy into a buffer that is still being read,
-// shows up in the result. What is not modelled: the memory model of a GPU, bank conflicts, time.
+// shows up in the result. What is not modelled: the memory model of a GPU, time, and bank conflicts
+// other than those of ldmatrix.
 //
 // Errors (a deadlock, lanes at different warp-wide instructions, an address outside shared memory
 // or outside the registered global ranges, a misaligned access) end the grid; error() says which.
@@ -33,7 +34,7 @@ extern dim3 block_extent, grid_extent;
 
 struct Options {
   uint64_t seed = 0;
-  int planted_fault = 0;  // faults.h
+  int planted_fault = 0;            // faults.h
   size_t shared_limit = 163 << 10;  // bytes of shared memory per block
 };
 void set_options(const Options&);
@@ -48,6 +49,13 @@ void clear_global();
 bool run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 const char* error();
 uint64_t blocks_run();  // since the start of the process
+
+// Phases of ldmatrix (8 rows of 16 bytes each) so far, and those of them in which two rows fell
+// into the same banks, so that hardware would take another cycle.
+struct SharedPhases {
+  uint64_t all = 0, conflicting = 0;
+};
+SharedPhases& shared_phases();
 
 // ---- called by fibers ---------------------------------------------------------------------------
 unsigned char* dynamic_shared();

@@ -26,7 +26,8 @@ void mma_warp(const void* const* in, void* const* out) {
     const auto& o = *static_cast<const MmaOperands*>(in[lane]);
     const int g = lane / 4, t = lane % 4;
     for (int h = 0; h < 2; ++h) {
-      for (int i = 0; i < 4; ++i) a[g + 8 * (i % 2)][2 * t + 8 * (i / 2) + h] = element<T>(o.a[i], h);
+      for (int i = 0; i < 4; ++i)
+        a[g + 8 * (i % 2)][2 * t + 8 * (i / 2) + h] = element<T>(o.a[i], h);
       for (int i = 0; i < 2; ++i) b[2 * t + 8 * i + h][g] = element<T>(o.b[i], h);
     }
   }
@@ -56,6 +57,15 @@ void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) 
 
 template <int kMatrices, bool kTrans>
 void ldmatrix_warp(const void* const* in, void* const* out) {
+  for (int matrix = 0; matrix < kMatrices; ++matrix) {
+    unsigned banks = 0;  // groups of four, i.e. 16 bytes
+    for (int row = 0; row < 8; ++row) {
+      const void* address = *static_cast<const void* const*>(in[8 * matrix + row]);
+      banks |= 1u << (reinterpret_cast<uintptr_t>(address) / 16 % 8);
+    }
+    ++shared_phases().all;
+    shared_phases().conflicting += banks != 0xffu;
+  }
   uint16_t m[kMatrices][8][8];
   for (int row = 0; row < 8 * kMatrices; ++row) {
     std::memcpy(m[row / 8][row % 8], *static_cast<const void* const*>(in[row]), 16);

@@ -1,6 +1,5 @@
 // Launcher of da.cuh.
 #include "da.cuh"
-
 #include "launch.h"
 
 namespace lora_kernels::lora_linear::cuda {
@@ -26,8 +25,7 @@ Plan make_plan(const DaParams& p) {
   }
   plan.aligned = aligned16(p.x, p.ldx) && aligned16(p.ds, p.ldds);
   plan.ranks = !plan.aligned ? 64 : a.columns <= 16 ? 16 : a.columns <= 32 ? 32 : 64;
-  const int64_t blocks =
-      ceil_div(p.k, DaShape<16>::kColumns) * ceil_div(a.columns, plan.ranks);
+  const int64_t blocks = ceil_div(p.k, DaShape<16>::kColumns) * ceil_div(a.columns, plan.ranks);
   const Split split =
       choose_split(ceil_div(p.m, DaShape<16>::kRows), blocks, p.sm_count, 8, p.splits);
   a.splits = split.parts;
@@ -48,7 +46,7 @@ cudaError_t launch(const Plan& plan, cudaStream_t stream) {
 
 template <class T>
 cudaError_t launch_dtype(const Plan& plan, cudaStream_t stream) {
-  return !plan.aligned       ? launch<T, 64, false>(plan, stream)
+  return !plan.aligned      ? launch<T, 64, false>(plan, stream)
          : plan.ranks == 16 ? launch<T, 16, true>(plan, stream)
          : plan.ranks == 32 ? launch<T, 32, true>(plan, stream)
                             : launch<T, 64, true>(plan, stream);
@@ -58,8 +56,7 @@ cudaError_t launch_dtype(const Plan& plan, cudaStream_t stream) {
 
 size_t da_workspace(const DaParams& p) {
   const Plan plan = make_plan(p);
-  return plan.args.elements == 0 ? 0
-                                 : sizeof(float) * plan.args.splits * plan.args.columns * p.k;
+  return plan.args.elements == 0 ? 0 : sizeof(float) * plan.args.splits * plan.args.columns * p.k;
 }
 
 cudaError_t launch_da(const DaParams& p, cudaStream_t stream) {
@@ -69,8 +66,9 @@ cudaError_t launch_da(const DaParams& p, cudaStream_t stream) {
   const cudaError_t error = p.dtype == Dtype::kBFloat16 ? launch_dtype<bf16>(plan, stream)
                                                         : launch_dtype<fp16>(plan, stream);
   if (error != cudaSuccess) return error;
-  return launch_kernel(da_sum_kernel, dim3(static_cast<unsigned>(ceil_div(plan.args.elements, 256))),
-                       256, 0, stream, plan.args);
+  return launch_kernel(da_sum_kernel,
+                       dim3(static_cast<unsigned>(ceil_div(plan.args.elements, 256))), 256, 0,
+                       stream, plan.args);
 }
 
 }  // namespace lora_kernels::lora_linear::cuda

@@ -71,9 +71,7 @@ struct DaBlock {
     }
   }
 
-  LK_DEVICE T* tile_x(int stage) const {
-    return shared + stage * (Shape::kTileX + Shape::kTileS);
-  }
+  LK_DEVICE T* tile_x(int stage) const { return shared + stage * (Shape::kTileX + Shape::kTileS); }
   LK_DEVICE T* tile_s(int stage) const { return tile_x(stage) + Shape::kTileX; }
   LK_DEVICE T* masked() const { return tile_x(Shape::kStages); }
 

@@ -14,7 +14,7 @@ namespace lora_kernels::lora_linear::cuda {
 
 struct DropoutKey {
   uint32_t bound, key0, key1;  // bound: the threshold in the upper half
-  bool drops_all;               // then `bound` has no meaning and the caller leaves the sum at zero
+  bool drops_all;              // then `bound` has no meaning and the caller leaves the sum at zero
 
   LK_DEVICE explicit DropoutKey(const Dropout& d)
       : bound(d.threshold << 16), drops_all(d.threshold > 0xffffu) {

@@ -1,6 +1,5 @@
 // Launcher of dy_pass.cuh.
 #include "dy_pass.cuh"
-
 #include "launch.h"
 
 namespace lora_kernels::lora_linear::cuda {
@@ -49,8 +48,8 @@ Plan make_plan(const DyPassParams& p) {
     d.ds_partials = plan.floats;
     if (p.ds != nullptr) plan.floats += d.column_blocks * p.m * padded_rank(w.rank);
   }
-  const Split split = choose_split(ceil_div(p.m, DyNarrow::kRows), plan.blocks, p.sm_count, 4,
-                                   p.splits);
+  const Split split =
+      choose_split(ceil_div(p.m, DyNarrow::kRows), plan.blocks, p.sm_count, 4, p.splits);
   a.splits = split.parts;
   a.rows_per_split = split.per_part * DyNarrow::kRows;
   for (int g = 0; g < p.members; ++g) {
@@ -75,7 +74,7 @@ cudaError_t launch(const Plan& plan, cudaStream_t stream) {
 
 template <class T>
 cudaError_t launch_dtype(const Plan& plan, cudaStream_t stream) {
-  cudaError_t error = !plan.aligned       ? launch<T, DySmall, false>(plan, stream)
+  cudaError_t error = !plan.aligned      ? launch<T, DySmall, false>(plan, stream)
                       : plan.small       ? launch<T, DySmall, true>(plan, stream)
                       : plan.ranks == 16 ? launch<T, DyNarrow, true>(plan, stream)
                       : plan.ranks == 32 ? launch<T, DyMiddle, true>(plan, stream)

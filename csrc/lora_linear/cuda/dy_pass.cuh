@@ -2,17 +2,17 @@
 //
 // Math      ds[m, c] = scaling * keep_scale * sum_n dy[m, n] b[n, c]
 //           db[n, c] = scaling * sum_m dy[m, n] s[m, c]
-// Shapes    per member dY [M, N] row stride lddy, B [N, rank], S [M, rank]; ds [M, padded columns of
-//           the group] with zeros in the padding; dB [N, rank] in a dtype of its own.
+// Shapes    per member dY [M, N] row stride lddy, B [N, rank], S [M, rank]; ds [M, padded
+//           columns of the group] with zeros in the padding; dB [N, rank] in a dtype of its own.
 // Grid      x: over the members' (512 columns of dY) x (RN ranks), y: share of M in steps of 64
-//           rows. Eight warps. A block walks down its rows; each [64, 256] tile of dY goes to shared
-//           memory once and is the A operand of both products, read as rows for dS and, by
+//           rows. Eight warps. A block walks down its rows; each [64, 256] tile of dY goes to
+//           shared memory once and is the A operand of both products, read as rows for dS and, by
 //           transposing loads, as columns for dB.
 // Bytes     dY once (once per RN ranks beyond 64), S and B a few times from L2. Partial sums: dS is
 //           written and read once per 512 columns, dB once per share of M; per byte of dY that is
 //           4 rank / 512 + 4 rank / (rows of a share), e.g. 1/8 + 1/8 at rank 16 and 512 rows.
-// Numerics  fp32 accumulation; partial sums added in a fixed order by dy_sum_kernel; one rounding to
-//           T for dS, one to the dtype of dB.
+// Numerics  fp32 accumulation; partial sums added in a fixed order by dy_sum_kernel; one
+//           rounding to T for dS, one to the dtype of dB.
 // Resources (ptxas 13.0, sm_80) at RN = 16, 32, 64: 111, 153, 250 registers; 118, 140, 144 KiB of
 //           shared memory; 1 block per SM, of which two thirds (half at RN = 64) is dY under way.
 // Limits    16-bit T, rank <= 256, members <= 8; M < 2^31 rows, N < 2^31.
@@ -27,12 +27,12 @@
 namespace lora_kernels::lora_linear::cuda {
 
 struct DyPlan {
-  int first_block;       // blockIdx.x of the member's first block
-  int column_blocks;     // of 512 columns
-  int rank_chunks;       // of RN ranks
-  int64_t ds_partials;   // floats before this member's [column_blocks, M, padded rank]
-  int64_t db_partials;   // floats before this member's [splits, N, padded rank]
-  int64_t db_elements;   // elements of dB before this member's
+  int first_block;      // blockIdx.x of the member's first block
+  int column_blocks;    // of 512 columns
+  int rank_chunks;      // of RN ranks
+  int64_t ds_partials;  // floats before this member's [column_blocks, M, padded rank]
+  int64_t db_partials;  // floats before this member's [splits, N, padded rank]
+  int64_t db_elements;  // elements of dB before this member's
 };
 
 struct DyPassArgs {
@@ -72,8 +72,11 @@ struct DyBlock {
   float acc_db[kSubs][2][RN / 8][4];
 
   LK_DEVICE DyBlock(const DyPassArgs& args_, int member, unsigned char* memory)
-      : args(args_), w(args_.p.member[member]), plan(args_.plan[member]),
-        shared(reinterpret_cast<T*>(memory)), thread(threadIdx.x) {
+      : args(args_),
+        w(args_.p.member[member]),
+        plan(args_.plan[member]),
+        shared(reinterpret_cast<T*>(memory)),
+        thread(threadIdx.x) {
     lane = thread % 32;
     warp = thread / 32;
     const int block = static_cast<int>(blockIdx.x) - plan.first_block;
@@ -114,9 +117,9 @@ struct DyBlock {
   LK_DEVICE void load(int i, int stage) const {
     const int64_t m = m_begin + static_cast<int64_t>(i / kSubs) * kRows, n = n0 + i % kSubs * kSub;
     const int rows = static_cast<int>(m_end - m < kRows ? m_end - m : kRows);
-    load_tile<kRows, kSub, Shape::kThreads, kAligned>(
-        tile_dy(stage), static_cast<const T*>(w.dy) + m * w.lddy + n, w.lddy, rows,
-        columns_from(n, kSub), thread);
+    load_tile<kRows, kSub, Shape::kThreads, kAligned>(tile_dy(stage),
+                                                      static_cast<const T*>(w.dy) + m * w.lddy + n,
+                                                      w.lddy, rows, columns_from(n, kSub), thread);
     if (w.db == nullptr) return;
     load_tile<kRows, RN, Shape::kThreads, kAligned>(
         tile_s(stage), static_cast<const T*>(w.s) + m * w.lds + rank0, w.lds, rows, ranks, thread);
@@ -135,7 +138,8 @@ struct DyBlock {
 #pragma unroll 4
     for (int kk = 0; kk < kSub / 16; ++kk) {
       uint32_t a[4];
-      ldmatrix_x4<false>(a, dy + tile_offset<kSub>(16 * (warp % 4) + lane % 16, 2 * kk + lane / 16));
+      ldmatrix_x4<false>(a,
+                         dy + tile_offset<kSub>(16 * (warp % 4) + lane % 16, 2 * kk + lane / 16));
       const int row = sub * kSub + 16 * kk + lane % 16;
       if constexpr (kHalf == 8) {
         uint32_t b[2];
@@ -195,8 +199,8 @@ struct DyBlock {
 
   LK_DEVICE void store_db() const {
     const int64_t rank_padded = padded_rank(w.rank);
-    float* out = args.partials + plan.db_partials +
-                 static_cast<int64_t>(blockIdx.y) * w.n * rank_padded;
+    float* out =
+        args.partials + plan.db_partials + static_cast<int64_t>(blockIdx.y) * w.n * rank_padded;
 #pragma unroll
     for (int s = 0; s < kSubs; ++s) {
 #pragma unroll

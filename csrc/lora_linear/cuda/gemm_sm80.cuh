@@ -18,9 +18,10 @@
 //           128 x 256 of 8 warps   220, 234, 246 registers, 96 KiB shared, 1 block per SM
 //           128 x 128 of 4 warps   236, 236, 248 registers, 64 KiB shared, 2 blocks per SM
 //           64 x 64 of 4 warps     106, 112, 120 registers, 32 KiB shared, 4 blocks per SM
-//           No spills. The loop over whole blocks of the first holds 64 HMMA in 132 (forward) or 142
-//           instructions per warp and k-block.
-// Limits    16-bit T, 16 terms; M, N, k < 2^31, row strides <= 2^24. A rank is padded to 32 inside the main loop.
+//           No spills. The loop over whole blocks of the first holds 64 HMMA in 132 (forward) or
+//           142 instructions per warp and k-block.
+// Limits    16-bit T, 16 terms; M, N, k < 2^31, row strides <= 2^24. A rank is padded to 32
+//           inside the main loop.
 #pragma once
 
 #include "../../common/barrier.cuh"
@@ -76,7 +77,9 @@ struct GemmBlock {
 
   LK_DEVICE GemmBlock(const GemmArgs& args, int index, int tile_m, int tile_n,
                       unsigned char* memory)
-      : p(args.p), problem(args.p.problem[index]), shared(reinterpret_cast<T*>(memory)),
+      : p(args.p),
+        problem(args.p.problem[index]),
+        shared(reinterpret_cast<T*>(memory)),
         thread(threadIdx.x) {
     lane = thread % 32;
     warp_m = thread / 32 % S::kWarpsM;
@@ -121,7 +124,8 @@ struct GemmBlock {
     const GemmTerm& t = p.term[term];
     const int row_a = thread / kChunksA, row_b = thread / kChunksB;
     at.left = static_cast<int>(t.k);
-    at.a = static_cast<const T*>(t.a) + (static_cast<int64_t>(row0) + row_a) * t.lda + thread % kChunksA * kChunk;
+    at.a = static_cast<const T*>(t.a) + (static_cast<int64_t>(row0) + row_a) * t.lda +
+           thread % kChunksA * kChunk;
     at.b = static_cast<const T*>(t.b) + thread % kChunksB * kChunk +
            (kKN ? row_b * t.ldb + col0 : (static_cast<int64_t>(col0) + row_b) * t.ldb);
     at.a_turn = static_cast<int>(kStepA * t.lda);
@@ -152,8 +156,8 @@ struct GemmBlock {
     T* to_b = tile_b(stage) + tile_offset<kColsB>(thread / kChunksB, thread % kChunksB);
 #pragma unroll
     for (int i = 0; i < kTurnsB; ++i) {
-      const bool exists = kKN ? thread % kChunksB * kChunk < cols
-                              : thread / kChunksB + i * kStepB < cols;
+      const bool exists =
+          kKN ? thread % kChunksB * kChunk < cols : thread / kChunksB + i * kStepB < cols;
       cp_async16_if(to_b + i * kStepB * kColsB, at.b + i * static_cast<int64_t>(at.b_turn), exists);
     }
     advance(at);
@@ -177,8 +181,8 @@ struct GemmBlock {
 #pragma unroll
       for (int i = 0; i < kTurnsB; ++i) {
         const bool exists = thread / kChunksB + i * kStepB < (kKN ? at.left : cols);
-        copy_chunk<kAligned>(to_b + i * kStepB * kColsB,
-                             at.b + i * static_cast<int64_t>(at.b_turn), exists ? valid_b : 0);
+        copy_chunk<kAligned>(to_b + i * kStepB * kColsB, at.b + i * static_cast<int64_t>(at.b_turn),
+                             exists ? valid_b : 0);
       }
       advance(at);
       if (at.left <= 0) enter(at, at.term + 1);
@@ -393,7 +397,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
     for (int i = 0; i < count; ++i) block.template step<true>(loading, stage, fragments);
     blocks -= count;
     if (blocks > 0) {
-      if (loading.term < block.end_term && loading.left <= 0) block.enter(loading, loading.term + 1);
+      if (loading.term < block.end_term && loading.left <= 0)
+        block.enter(loading, loading.term + 1);
       block.template step<false>(loading, stage, fragments);
       --blocks;
     }

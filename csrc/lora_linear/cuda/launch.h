@@ -19,8 +19,9 @@
 
 namespace lora_kernels::lora_linear::cuda {
 
-// Opt-in shared memory per block that every kernel has a variant for; compute capability 8.6, 8.9 and
-// 12.0 have 99 KiB. Launchers ask the current device for its limit and use more where it is there.
+// Opt-in shared memory per block that every kernel has a variant for; compute capability 8.6, 8.9
+// and 12.0 have 99 KiB. Launchers ask the current device for its limit and use more where it is
+// there.
 constexpr size_t kSharedMemoryNeeded = 98 << 10;
 
 // Null when the launcher accepts the arguments, else one sentence: what was given and what is

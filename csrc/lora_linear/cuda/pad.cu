@@ -18,9 +18,8 @@ __global__ void __launch_bounds__(kThreads) pad_kernel(const __grid_constant__ P
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= j.rows * j.dst_cols) return;
   const int64_t row = i / j.dst_cols, col = i % j.dst_cols;
-  const float value = col < j.cols
-                          ? load_as_float(j.src, row * j.ld_src + col * j.col_stride, j.src_dtype)
-                          : 0.0f;
+  const float value =
+      col < j.cols ? load_as_float(j.src, row * j.ld_src + col * j.col_stride, j.src_dtype) : 0.0f;
   narrow(value, static_cast<T*>(j.dst)[row * j.ld_dst + col]);
 }
 

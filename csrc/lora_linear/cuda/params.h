@@ -22,9 +22,9 @@
 
 namespace lora_kernels::lora_linear::cuda {
 
-constexpr int kMaxGroup = 8;    // members that share x
-constexpr int kMaxRank = 256;   // of one member
-constexpr int kRankAlign = 8;   // elements: 16 bytes of T
+constexpr int kMaxGroup = 8;   // members that share x
+constexpr int kMaxRank = 256;  // of one member
+constexpr int kRankAlign = 8;  // elements: 16 bytes of T
 constexpr int kMaxPadJobs = 3 * kMaxGroup;
 
 // Columns of a member in the padded buffers scaled_s and ds: rank rounded up, so that each member
@@ -67,8 +67,8 @@ struct PadParams {
 struct ShrinkMember {
   const void* a;  // [rank, K] of T
   int64_t lda;
-  int64_t rank;         // 1..256
-  int64_t s_column;     // first column of this member in S
+  int64_t rank;           // 1..256
+  int64_t s_column;       // first column of this member in S
   int64_t padded_column;  // first column in scaled_s: the sum of padded_rank of those before
   float scaling;
 };
@@ -86,9 +86,9 @@ struct ShrinkParams {
   int64_t ld_scaled;
   float keep_scale;  // 1 / P(keep); 1 without dropout, 0 when nothing is kept
   Dropout dropout;
-  int sm_count;      // multiprocessors of the device; decides the split, hence the bits of S
-  int splits;        // over K; 0: chosen from sm_count
-  void* workspace;   // shrink_workspace(p) bytes, 16-byte aligned; may be null when that is 0
+  int sm_count;     // multiprocessors of the device; decides the split, hence the bits of S
+  int splits;       // over K; 0: chosen from sm_count
+  void* workspace;  // shrink_workspace(p) bytes, 16-byte aligned; may be null when that is 0
 };
 
 // ---- launch_dy_pass: one pass over each dY_g ------------------------------------------------
@@ -104,7 +104,7 @@ struct DyMember {
   int64_t rank;
   int64_t padded_column;  // first column in ds
   float scaling;
-  void* db;        // [N, rank] of db_dtype, from fp32 sums; null: not wanted
+  void* db;  // [N, rank] of db_dtype, from fp32 sums; null: not wanted
   int64_t lddb;
   Dtype db_dtype;  // any of the three
 };

@@ -1,7 +1,6 @@
 // Launcher of shrink.cuh.
-#include "shrink.cuh"
-
 #include "launch.h"
+#include "shrink.cuh"
 
 namespace lora_kernels::lora_linear::cuda {
 namespace {
@@ -44,8 +43,7 @@ template <class T, int RN, bool kAligned>
 cudaError_t launch(const ShrinkArgs& args, int splits, cudaStream_t stream) {
   using Shape = ShrinkShape<RN>;
   const dim3 grid(static_cast<unsigned>(ceil_div(args.p.m, Shape::kRows)),
-                  static_cast<unsigned>(ceil_div(args.columns, RN)),
-                  static_cast<unsigned>(splits));
+                  static_cast<unsigned>(ceil_div(args.columns, RN)), static_cast<unsigned>(splits));
   return launch_kernel(shrink_kernel<T, RN, kAligned>, grid, Shape::kThreads, Shape::kShared,
                        stream, args);
 }
@@ -76,8 +74,7 @@ cudaError_t launch_shrink(const ShrinkParams& p, cudaStream_t stream) {
   if (check(p) != nullptr) return cudaErrorInvalidValue;
   if (p.m == 0) return cudaSuccess;
   const Split split = shrink_split(p);
-  ShrinkArgs args{p, padded_columns(p),
-                  static_cast<int>(split.per_part * ShrinkShape<16>::kBlockK),
+  ShrinkArgs args{p, padded_columns(p), static_cast<int>(split.per_part * ShrinkShape<16>::kBlockK),
                   split.parts == 1 ? nullptr : static_cast<float*>(p.workspace)};
   args.p.splits = split.parts;
   const bool aligned = operands_aligned(p);

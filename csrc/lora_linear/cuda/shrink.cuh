@@ -13,8 +13,8 @@
 // Dropout   registers of X are masked between ldmatrix and mma: one generator call per row and
 //           eight columns, nothing stored. A group repeats the products per member, since each
 //           member has its own mask.
-// Resources (ptxas 13.0, sm_80) at RN = 16, 32, 64, 128: 87, 96, 115, 166 registers; 80, 72, 96, 145
-//           KiB of shared memory; 2, 2, 1, 1 blocks per SM of 164 KiB. No spills.
+// Resources (ptxas 13.0, sm_80) at RN = 16, 32, 64, 128: 87, 96, 115, 166 registers; 80, 72,
+//           96, 145 KiB of shared memory; 2, 2, 1, 1 blocks per SM of 164 KiB. No spills.
 // Limits    16-bit T, rank <= 256, members <= 8; M < 2^31 rows, K < 2^31.
 #pragma once
 
@@ -28,9 +28,9 @@ namespace lora_kernels::lora_linear::cuda {
 
 struct ShrinkArgs {
   ShrinkParams p;
-  int columns;       // padded, of the whole group
-  int k_per_split;   // multiple of kBlockK
-  float* partials;   // [splits, M, columns], or null without a split
+  int columns;      // padded, of the whole group
+  int k_per_split;  // multiple of kBlockK
+  float* partials;  // [splits, M, columns], or null without a split
 };
 
 template <int RN>
@@ -102,9 +102,7 @@ struct ShrinkBlock {
     }
   }
 
-  LK_DEVICE T* tile_x(int stage) const {
-    return tiles + stage * (Shape::kTileX + Shape::kTileA);
-  }
+  LK_DEVICE T* tile_x(int stage) const { return tiles + stage * (Shape::kTileX + Shape::kTileA); }
   LK_DEVICE T* tile_a(int stage) const { return tile_x(stage) + Shape::kTileX; }
 
   LK_DEVICE void load(int64_t k, int stage) const {
@@ -115,8 +113,8 @@ struct ShrinkBlock {
         static_cast<int>(cols < kBlockK ? cols : kBlockK), thread);
     constexpr int kChunks = kBlockK / kChunk, kStep = Shape::kThreads / kChunks;
     const int first = thread / kChunks, chunk = thread % kChunks;
-    const int valid = clamp_chunk(static_cast<int>(cols < kBlockK ? cols : kBlockK) -
-                                  chunk * kChunk);
+    const int valid =
+        clamp_chunk(static_cast<int>(cols < kBlockK ? cols : kBlockK) - chunk * kChunk);
 #pragma unroll
     for (int i = 0; i < RN / kStep; ++i) {
       const T* a = row_of_a[first + i * kStep];
@@ -138,8 +136,8 @@ struct ShrinkBlock {
     for (int j = 0; j < RN / 8; j += 2) {
       if (j + 1 < first || j >= last) continue;
       uint32_t b[4];
-      ldmatrix_x4<false>(b, tile + tile_offset<kBlockK>(8 * j + lane % 8 + lane / 16 * 8,
-                                                        2 * kk + lane / 8 % 2));
+      ldmatrix_x4<false>(
+          b, tile + tile_offset<kBlockK>(8 * j + lane % 8 + lane / 16 * 8, 2 * kk + lane / 8 % 2));
       if (j >= first) mma_16816<T>(acc[j], a, b[0], b[1]);
       if (j + 1 < last) mma_16816<T>(acc[j + 1], a, b[2], b[3]);
     }
@@ -169,7 +167,8 @@ struct ShrinkBlock {
       for (int odd = 0; odd < 2; ++odd) {  // k16 steps odd, odd + 2, odd + 4, odd + 6
         uint32_t w[4][4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {  // register i of the fragment: row + 8 (i % 2), pair + 4 (i / 2)
+        for (int i = 0; i < 4; ++i) {
+          // Register i of the fragment: row + 8 (i % 2), pair + 4 (i / 2).
           key.words(row + 8 * (i % 2), block, 8 * odd + lane % 4 + 4 * (i / 2), g, w[i]);
         }
 #pragma unroll
@@ -248,8 +247,7 @@ __global__ void __launch_bounds__(ShrinkShape<RN>::kThreads, 1)
 
 // One thread per padded element: the shares in order.
 template <class T>
-__global__ void __launch_bounds__(256)
-    shrink_sum_kernel(const __grid_constant__ ShrinkArgs args) {
+__global__ void __launch_bounds__(256) shrink_sum_kernel(const __grid_constant__ ShrinkArgs args) {
   const int64_t count = args.p.m * args.columns;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
   if (i >= count) return;

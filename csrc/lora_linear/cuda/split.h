@@ -16,10 +16,9 @@ struct Split {
 };
 
 // `steps` steps of each of `blocks` blocks, no part shorter than `least` steps. Up to one block per
-// multiprocessor: with two or three tiles under way each, half of them saturate the memory, and more
-// parts only make more partial sums. wanted > 0 asks for that many parts.
-inline Split choose_split(int64_t steps, int64_t blocks, int sm_count, int64_t least,
-                          int wanted) {
+// multiprocessor: with two or three tiles under way each, half of them saturate the memory, and
+// more parts only make more partial sums. wanted > 0 asks for that many parts.
+inline Split choose_split(int64_t steps, int64_t blocks, int sm_count, int64_t least, int wanted) {
   int64_t parts = wanted;
   if (parts <= 0) {
     parts = blocks > 0 ? sm_count / blocks : 1;

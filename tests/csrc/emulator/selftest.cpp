@@ -39,7 +39,8 @@ __global__ void mma_kernel(const Arguments args) {
                                            : b + tile_offset<16>(lane % 8, lane / 8 % 2));
   float d[4] = {};
   mma_16816<bf16>(d, ra, rb[0], rb[1]);
-  for (int i = 0; i < 4; ++i) args.out[(lane / 4 + 8 * (i / 2)) * 8 + 2 * (lane % 4) + i % 2] = d[i];
+  for (int i = 0; i < 4; ++i)
+    args.out[(lane / 4 + 8 * (i / 2)) * 8 + 2 * (lane % 4) + i % 2] = d[i];
 }
 
 bool mma_is_right(bool transposed) {
@@ -52,7 +53,8 @@ bool mma_is_right(bool transposed) {
   for (int i = 0; i < 16; ++i) {
     for (int j = 0; j < 8; ++j) {
       float sum = 0.0f;
-      for (int k = 0; k < 16; ++k) sum += to_float(value(16 * i + k)) * to_float(value(1000 + 8 * k + j));
+      for (int k = 0; k < 16; ++k)
+        sum += to_float(value(16 * i + k)) * to_float(value(1000 + 8 * k + j));
       if (out[8 * i + j] != sum) return false;
     }
   }
@@ -96,6 +98,28 @@ bool copy_is_right() {
   return launch_kernel(copy_kernel, dim3(1), 1, 64, nullptr, args) == cudaSuccess && out == 1.0f;
 }
 
+// Rows 128 bytes apart lie in the same banks; the swizzle moves them.
+template <bool kSwizzled>
+__global__ void banks_kernel(const Arguments) {
+  LK_DYNAMIC_SHARED(shared);
+  const bf16* tile = reinterpret_cast<const bf16*>(shared);
+  const int lane = threadIdx.x;
+  uint32_t r[4];
+  ldmatrix_x4<false>(r, tile + (kSwizzled ? tile_offset<64>(lane, 0) : 64 * lane));
+}
+
+bool conflicts_are_counted() {
+  const Arguments args{nullptr};
+  auto& phases = emulator::shared_phases();
+  const auto before = phases;
+  if (launch_kernel(banks_kernel<true>, dim3(1), 32, 4096, nullptr, args) != cudaSuccess)
+    return false;
+  if (phases.all != before.all + 4 || phases.conflicting != before.conflicting) return false;
+  if (launch_kernel(banks_kernel<false>, dim3(1), 32, 4096, nullptr, args) != cudaSuccess)
+    return false;
+  return phases.conflicting == before.conflicting + 4;
+}
+
 // Two halves of a block hand a value over through a named barrier each way.
 __global__ void named_barrier_kernel(const Arguments args) {
   LK_DYNAMIC_SHARED(shared);
@@ -115,7 +139,8 @@ __global__ void named_barrier_kernel(const Arguments args) {
 bool named_barrier_is_right() {
   float out[32];
   const Arguments args{out};
-  if (launch_kernel(named_barrier_kernel, dim3(1), 64, 256, nullptr, args) != cudaSuccess) return false;
+  if (launch_kernel(named_barrier_kernel, dim3(1), 64, 256, nullptr, args) != cudaSuccess)
+    return false;
   for (int i = 0; i < 32; ++i) {
     if (out[i] != static_cast<float>(2 * (i + 1))) return false;
   }
@@ -185,6 +210,7 @@ const Case cases[] = {
     {"warp_sum", warp_sum_is_right},
     {"cp_async", copy_is_right},
     {"named_barrier", named_barrier_is_right},
+    {"bank_conflicts", conflicts_are_counted},
     {"deadlock", [] { return runs(deadlock_kernel, 64); }},
     {"divergent", [] { return runs(divergent_kernel, 32); }},
     {"returned_lane", [] { return runs(returned_lane_kernel, 32); }},
