@@ -93,7 +93,9 @@ def way_apart(model: Any, pad: int, dtype: torch.dtype) -> tuple[str | None, str
     """
     flat_only = "flash" in str(getattr(model.config, "_attn_implementation", ""))
     reason = ""
-    for way in (FLAT,) if flat_only else (POSITIONS, MASK):
+    # A mask of ours would take the place of a sliding window too.
+    windowed = getattr(model.config, "sliding_window", None) is not None
+    for way in (FLAT,) if flat_only else (POSITIONS,) if windowed else (POSITIONS, MASK):
         reason = _flaw(model, LanguageBatches(pad, way, dtype))
         if not reason:
             return way, ""
@@ -110,7 +112,7 @@ def _flaw(model: Any, collate: LanguageBatches) -> str:
         moved = _logits(model, collate, [other, second])[len(first) :]
         alone = _logits(model, collate, [second])
     except (TypeError, ValueError, RuntimeError, IndexError) as e:
-        return f"it takes no {collate.apart} ({' '.join(str(e).split())[:120]})"
+        return f"it does not run with {collate.apart} ({' '.join(str(e).split())[:120]})"
     if not torch.equal(packed, moved):
         return f"with {collate.apart} a document still sees the one before it"
     size = alone.abs().amax().item()
