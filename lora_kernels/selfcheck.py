@@ -14,6 +14,10 @@ TYPICAL: dict[str, dict[str, dict[str, Any]]] = {
         dtype: {"M": 2048, "K": 2048, "N": 2048, "rank": 16, "dtype": dtype}
         for dtype in ("float32", "bfloat16")
     },
+    "linear_cross_entropy": {
+        dtype: {"M": 2048, "K": 2048, "V": 50000, "rank": 16, "dtype": dtype}
+        for dtype in ("float32", "bfloat16")
+    },
     "quant_linear": {
         dtype: {"M": 2048, "K": 2048, "N": 2048, "rank": 16, "nested": True, "dtype": dtype}
         for dtype in ("float32", "bfloat16")
