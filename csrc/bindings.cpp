@@ -37,5 +37,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("quant_linear_quantize_flat", &quant_linear::quantize_flat, release());
   m.def("quant_linear_quantize_rows", &quant_linear::quantize_rows, release());
   m.def("quant_linear_fwd", &quant_linear::quant_linear_fwd, release());
-  m.def("quant_linear_dgrad", &quant_linear::quant_linear_dgrad, release());
+  m.def("quant_linear_bwd", &quant_linear::quant_linear_bwd, release());
 }

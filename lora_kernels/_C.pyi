@@ -83,12 +83,17 @@ def quant_linear_fwd(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]: ...
-def quant_linear_dgrad(
+def quant_linear_bwd(
     dy: Tensor,
+    x: Tensor | None,
     weight: QuantWeight,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
+    s: Tensor,
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
-) -> Tensor: ...
+    need_dx: bool,
+    need_da: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]: ...

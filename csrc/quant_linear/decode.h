@@ -195,6 +195,44 @@ inline void look_up_at(const uint8_t* codes, int64_t first, int64_t count, const
   look_up(codes + first / 2, count, table, out, stream);
 }
 
+#if defined(__AVX512BW__)
+// Rounded to nearest even, subnormals kept; NaN stays NaN.
+inline __m256i narrow_lanes(__m512 v, bf16) {
+  const __m512i u = _mm512_castps_si512(v), one = _mm512_set1_epi32(1);
+  const __m512i upper = _mm512_srli_epi32(u, 16);
+  const __m512i round = _mm512_add_epi32(_mm512_and_si512(upper, one), _mm512_set1_epi32(0x7fff));
+  const __m512i even = _mm512_srli_epi32(_mm512_add_epi32(u, round), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(
+      _mm512_mask_or_epi32(even, nan, upper, _mm512_set1_epi32(0x40)));
+}
+inline __m256i narrow_lanes(__m512 v, fp16) { return _mm512_cvtps_ph(v, 0); }
+
+// `blocks` whole blocks of 32 m elements at `codes`, to 16-bit results.
+template <class T>
+inline void decode_blocks(const float* table, const float* scales, int64_t blocks, int64_t block,
+                          const uint8_t* codes, T* out, bool stream) {
+  const __m512 codebook = _mm512_loadu_ps(table);
+  stream = stream && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const __m512i values = _mm512_broadcast_i64x4(
+        narrow_lanes(_mm512_mul_ps(codebook, _mm512_set1_ps(scales[b])), T{}));
+    for (int64_t i = 0; i < block; i += 32, codes += 16, out += 32) {
+      const __m512i pair =
+          _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+      const __m512i index =
+          _mm512_or_si512(_mm512_srli_epi32(pair, 4), _mm512_slli_epi32(pair, 16));
+      const __m512i v = _mm512_permutexvar_epi16(index, values);  // bit 4 picks an equal half
+      if (stream) {
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(out), v);
+      } else {
+        _mm512_storeu_si512(out, v);
+      }
+    }
+  }
+}
+#endif
+
 inline float fp8_to_float(uint8_t code) {
   const uint32_t sign = static_cast<uint32_t>(code & 0x80u) << 24, magnitude = code & 0x7fu;
   const float v = bits_to_float(magnitude << 20) * 0x1p120f;  // exact, subnormals too
@@ -205,7 +243,7 @@ inline float fp8_to_float(uint8_t code) {
 // Elements [begin, end) of the flattened W, kFlat.
 template <class T>
 void decode_flat(const Weight& w, int64_t begin, int64_t end, T* out, bool stream) {
-  constexpr int64_t kScales = 64;
+  constexpr int64_t kScales = 128;
   float scales[kScales];
   int64_t ready = 0, first = 0;
   while (begin < end) {
@@ -215,6 +253,20 @@ void decode_flat(const Weight& w, int64_t begin, int64_t end, T* out, bool strea
       ready = std::min<int64_t>(kScales, (end - 1) / w.block - block + 1);
       flat_scales(w, first, ready, scales);
     }
+#if defined(__AVX512BW__)
+    if constexpr (sizeof(T) == 2) {
+      const int64_t whole = begin % w.block == 0 && w.block % 32 == 0
+                                ? std::min(first + ready - block, (end - begin) / w.block)
+                                : 0;
+      if (whole > 0) {
+        decode_blocks(w.table, scales + (block - first), whole, w.block, w.codes + begin / 2, out,
+                      stream);
+        out += whole * w.block;
+        begin += whole * w.block;
+        continue;
+      }
+    }
+#endif
     float scaled[16];
     for (int i = 0; i < 16; ++i) scaled[i] = w.table[i] * scales[block - first];
     look_up_at(w.codes, begin, stop - begin, scaled, out, stream);

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mean.h>
 #include <ATen/ops/sub.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <cmath>
@@ -111,6 +112,27 @@ void run_job(const Job<Params>& job, const Params& p, int64_t light, int64_t wor
       job.run(p, phase, t, threads, shared, own);
     });
   }
+}
+
+// Adds the threads' partials in order: [parts, rank_padded, columns_padded] -> [rank, columns], or
+// its transpose.
+at::Tensor reduce_partials(const at::Tensor& partials, int64_t rank, int64_t columns, float factor,
+                           bool transpose, at::ScalarType dtype) {
+  const int64_t parts = partials.size(0), ld = partials.size(2), block = partials.stride(0);
+  const float* in = partials.const_data_ptr<float>();
+  const at::Tensor out = at::empty(
+      transpose ? at::IntArrayRef{columns, rank} : at::IntArrayRef{rank, columns}, at::kFloat);
+  float* result = out.mutable_data_ptr<float>();
+  at::parallel_for(0, columns, 512, [&](int64_t begin, int64_t end) {
+    for (int64_t i = 0; i < rank; ++i) {
+      for (int64_t j = begin; j < end; ++j) {
+        float sum = 0.0f;
+        for (int64_t part = 0; part < parts; ++part) sum += in[part * block + i * ld + j];
+        result[transpose ? j * rank + i : i * columns + j] = sum * factor;
+      }
+    }
+  });
+  return out.to(dtype);
 }
 
 }  // namespace
@@ -249,17 +271,19 @@ std::tuple<at::Tensor, at::Tensor> quant_linear_fwd(
   return {y, s};
 }
 
-at::Tensor quant_linear_dgrad(const at::Tensor& dy_given, const QuantWeight& weight,
-                              const std::optional<at::Tensor>& lora_a,
-                              const std::optional<at::Tensor>& lora_b, double scaling,
-                              double dropout_p, const std::optional<at::Tensor>& seed) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> quant_linear_bwd(
+    const at::Tensor& dy_given, const std::optional<at::Tensor>& x_given, const QuantWeight& weight,
+    const std::optional<at::Tensor>& lora_a, const std::optional<at::Tensor>& lora_b,
+    const at::Tensor& s_given, double scaling, double dropout_p,
+    const std::optional<at::Tensor>& seed, bool need_dx, bool need_da, bool need_db) {
   const Weight& w = weight.weight;
   TORCH_CHECK(dy_given.dim() == 2 && dy_given.size(1) == w.n, "quant_linear (cpu): dy is ",
               dy_given.sizes(), "; accepted: [M, ", w.n, "]");
   const at::Tensor dy = rows_of(dy_given);
   const at::ScalarType type = dy.scalar_type();
+  const int64_t m = dy.size(0);
   std::vector<at::Tensor> held;
-  DgradParams p{};
+  BwdParams p{};
   p.weight = &w;
   p.dtype = dtype_of(type);
   p.lddy = row_stride(dy);
@@ -271,19 +295,57 @@ at::Tensor quant_linear_dgrad(const at::Tensor& dy_given, const QuantWeight& wei
     p.dropout = dropout_params(dropout_p, seed);
   }
   p.keep_scale = keep_scale(p.dropout);
-  const int64_t m = dy.size(0);
-  const at::Tensor dx = at::empty({m, w.k}, dy.options());
-  p.lddx = w.k;
+  const auto operand = [&](const at::Tensor& t, int64_t columns, const char* name) {
+    TORCH_CHECK(t.dim() == 2 && t.size(0) == m && t.size(1) == columns && t.scalar_type() == type,
+                "quant_linear (cpu): ", name, " is ", t.scalar_type(), " ", t.sizes(),
+                "; accepted: ", type, " [", m, ", ", columns, "]");
+    return rows_of(t);
+  };
   const Kernels& kernels = kernels_for(p.dtype);
+  const at::Tensor none = at::empty({0}, dy.options());
+  at::Tensor dx = none, x = none, s = none;
+  if (need_dx) dx = at::empty({m, w.k}, dy.options());
+  p.lddx = w.k;
+  const int64_t light = m * w.n + p.rank * (w.n + w.k) * (m + 1);
+  const auto partials = [&](int64_t columns) {
+    const auto padded = [](int64_t v, int64_t to) { return (v + to - 1) / to * to; };
+    return at::zeros({threads_for(light), padded(p.rank, kernels.rank_multiple),
+                      padded(columns, kernels.column_multiple)}, at::kFloat);
+  };
+  at::Tensor da = none, db = none;
+  if (need_da && p.rank > 0) {
+    TORCH_CHECK(x_given.has_value(), "quant_linear (cpu): the gradient of lora_a needs x");
+    x = operand(*x_given, w.k, "x");
+    p.ldx = row_stride(x);
+    da = partials(w.k);
+    p.da = da.mutable_data_ptr<float>();
+  }
+  if (need_db && p.rank > 0) {
+    s = operand(s_given, p.rank, "s");
+    p.lds = row_stride(s);
+    db = partials(w.n);
+    p.db = db.mutable_data_ptr<float>();
+  }
   const auto size = static_cast<int64_t>(dy.element_size());
+  const auto at_row = [&](const at::Tensor& t, int64_t elements) {
+    return static_cast<char*>(const_cast<void*>(t.const_data_ptr())) + elements * size;
+  };
   for (int64_t row = 0; row < m; row += kMaxRows) {
     p.row0 = row;
     p.m = std::min(kMaxRows, m - row);
-    p.dy = static_cast<const char*>(dy.const_data_ptr()) + row * p.lddy * size;
-    p.dx = static_cast<char*>(dx.mutable_data_ptr()) + row * p.lddx * size;
-    run_job(kernels.dgrad, p, p.m * w.n + p.rank * (w.n + w.k + p.m * w.n), p.m * w.k * w.n);
+    p.dy = at_row(dy, row * p.lddy);
+    if (need_dx) p.dx = at_row(dx, row * p.lddx);
+    if (p.da != nullptr) p.x = at_row(x, row * p.ldx);
+    if (p.db != nullptr) p.s = at_row(s, row * p.lds);
+    run_job(kernels.bwd, p, light, p.m * w.k * w.n);
   }
-  return dx;
+  if (p.da != nullptr) {
+    da = reduce_partials(da, p.rank, w.k, 1.0f, false, lora_a->scalar_type());
+  }
+  if (p.db != nullptr) {
+    db = reduce_partials(db, p.rank, w.n, p.scaling, true, lora_b->scalar_type());
+  }
+  return {dx, da, db};
 }
 
 }  // namespace lora_kernels::quant_linear

@@ -65,18 +65,25 @@ struct FwdParams {
   int64_t row0;  // of x in the dropout's numbering
 };
 
-// dX = dY W + (dS A) * D, dS = scaling * keep_scale * dY B; rank 0: no adapter.
-struct DgradParams {
+// dX = dY W + (dS A) * D, dS = scaling * keep_scale * dY B, dA = dS^T (X * D), dB = s dY^T S; rank
+// 0: no adapter. What is null is not needed.
+struct BwdParams {
   const Weight* weight;
-  Dtype dtype;     // of dy, dx
+  Dtype dtype;     // of dy, x, s, dx
   const void* dy;  // [m, n]
   int64_t lddy;
+  const void* x;  // [m, k]; for dA
+  int64_t ldx;
+  const void* s;  // [m, rank]; for dB
+  int64_t lds;
   int64_t m;
   void* dx;  // [m, k]
   int64_t lddx;
   int64_t rank;
   Adapter a;
   Adapter b;
+  float* da;  // partial dA of each thread, [threads, rank_padded, k_padded], added to
+  float* db;  // partial (dB / s)^T of each thread, [threads, rank_padded, n_padded], added to
   float scaling;
   float keep_scale;
   DropoutParams dropout;
@@ -84,8 +91,8 @@ struct DgradParams {
 };
 
 // A computation of several phases: all threads finish one before any starts the next. `shared` is
-// one block for all threads, `own` one per thread. Every result is independent of the number of
-// threads, and every row of it independent of the other rows.
+// one block for all threads, `own` one per thread. Every row of a result is independent of the
+// number of threads and of the other rows; sums over rows are per thread.
 template <class Params>
 struct Job {
   int phases;
@@ -122,7 +129,9 @@ struct Kernels {
   void (*quantize_flat)(const QuantizeFlatParams&, int64_t first_block, int64_t last_block);
   void (*quantize_rows)(const QuantizeRowsParams&, int64_t first_row, int64_t last_row);
   Job<FwdParams> fwd;
-  Job<DgradParams> dgrad;
+  Job<BwdParams> bwd;
+  int rank_multiple;    // rank_padded: rank to a multiple of this
+  int column_multiple;  // k_padded, n_padded
 };
 
 // Null where the compiler or the element type rules the kernels out.

@@ -3,7 +3,7 @@
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
 #include "../lora_linear/engine_amx.h"
-#include "dgrad.h"
+#include "bwd.h"
 #include "quantize.h"
 #include "tile_fwd.h"
 #endif
@@ -14,8 +14,9 @@ namespace lora_kernels::quant_linear {
 
 const Kernels* kernels_amx(Dtype dtype) {
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
-  static const Kernels kernels{"amx",         dequantize,     quantize_flat,
-                               quantize_rows, tile_fwd_job(), dgrad_job<lora_linear::AmxEngine>()};
+  using E = lora_linear::AmxEngine;
+  static const Kernels kernels{"amx",          dequantize,   quantize_flat, quantize_rows,
+                               tile_fwd_job(), bwd_job<E>(), E::MR,         E::NV};
   return dtype == Dtype::kBFloat16 ? &kernels : nullptr;
 #else
   (void)dtype;

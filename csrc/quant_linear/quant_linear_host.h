@@ -44,10 +44,11 @@ std::tuple<at::Tensor, at::Tensor> quant_linear_fwd(
     const std::optional<at::Tensor>& lora_a, const std::optional<at::Tensor>& lora_b,
     double scaling, double dropout_p, const std::optional<at::Tensor>& seed);
 
-// dX of the base product and, with an adapter, of its update.
-at::Tensor quant_linear_dgrad(const at::Tensor& dy, const QuantWeight& weight,
-                              const std::optional<at::Tensor>& lora_a,
-                              const std::optional<at::Tensor>& lora_b, double scaling,
-                              double dropout_p, const std::optional<at::Tensor>& seed);
+// dX, dA and dB in the dtypes of A and B; what is not needed is empty. x is read for dA only.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> quant_linear_bwd(
+    const at::Tensor& dy, const std::optional<at::Tensor>& x, const QuantWeight& weight,
+    const std::optional<at::Tensor>& lora_a, const std::optional<at::Tensor>& lora_b,
+    const at::Tensor& s, double scaling, double dropout_p, const std::optional<at::Tensor>& seed,
+    bool need_dx, bool need_da, bool need_db);
 
 }  // namespace lora_kernels::quant_linear

@@ -4,7 +4,7 @@
 #include "../lora_linear/product.h"
 
 #include "../lora_linear/engine_fma.h"
-#include "dgrad.h"
+#include "bwd.h"
 #include "quantize.h"
 #include "vector_fwd.h"
 
@@ -13,12 +13,9 @@ namespace {
 
 template <class T>
 Kernels make_vector_kernels(const char* name) {
-  return {name,
-          dequantize,
-          quantize_flat,
-          quantize_rows,
-          vector_fwd_job(),
-          dgrad_job<lora_linear::FmaEngine<T>>()};
+  using E = lora_linear::FmaEngine<T>;
+  return {name,  dequantize, quantize_flat, quantize_rows, vector_fwd_job(), bwd_job<E>(),
+          E::MR, E::NV};
 }
 
 const Kernels* vector_kernels(const char* name, Dtype dtype) {

@@ -169,20 +169,8 @@ def quant_linear_bwd(
     """dX [M, K], dA and dB in the dtypes of A and B; what is not needed is empty."""
     module, _ = backend.load()
     assert module is not None
-    dx, da, db = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
-    if need_dx:
-        dx = module.quant_linear_dgrad(
-            dy, _weight(parts, spec), lora_a, lora_b, scaling, dropout_p, seed
-        )
-    if (need_da or need_db) and lora_a is not None and lora_b is not None:
-        # The adapter's gradients are those of any base weight. x is read for dA only.
-        rows = dy.new_empty(dy.shape[0], spec.columns) if x is None else x
-        _, das, dbs = module.lora_linear_bwd(
-            [dy], rows, [], [lora_a], [lora_b], s, [scaling], dropout_p, seed,
-            False, need_da, need_db,
-        )  # fmt: skip
-        if need_da:
-            da = das[0]
-        if need_db:
-            db = dbs[0]
+    dx, da, db = module.quant_linear_bwd(
+        dy, x, _weight(parts, spec), lora_a, lora_b, s, scaling, dropout_p, seed,
+        need_dx, need_da, need_db,
+    )  # fmt: skip
     return dx, da, db
