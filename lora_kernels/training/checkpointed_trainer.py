@@ -10,6 +10,8 @@ bit for bit:
 - evaluation leaves the random generators as it found them: a resumed run does not repeat the
   evaluation that followed its checkpoint;
 - where an epoch ends with an evaluation, a checkpoint due at its last step is written after it.
+
+And so that a step means the same however it is divided: :mod:`lora_kernels.training.loss_scale`.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from transformers.trainer_utils import IntervalStrategy
 
 from lora_kernels.errors import CheckpointError, LoraKernelsError
 from lora_kernels.training.checkpoints import break_seal, last_complete, rotate, seal
+from lora_kernels.training.loss_scale import divides_by_items
+from lora_kernels.training.processes import check_strategy
 
 
 @contextmanager
@@ -68,10 +72,14 @@ class CheckpointedTrainer(transformers.Trainer):
     Raises:
         CheckpointError: a checkpoint cannot be written (a full disk, say); the message names the
             last one that was finished.
+        ConfigError: FSDP or DeepSpeed was asked for and would not be used.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        check_strategy(self.accelerator, self.args)
+        if self.model_accepts_loss_kwargs and not divides_by_items(self.model):
+            self.model_accepts_loss_kwargs = False
         self.add_callback(AfterEvaluation())
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:

@@ -18,6 +18,7 @@ SLOW = (
     "mid-accumulation", "after-epoch", "while-saving-optimizer", "while-saving-random-states",
     "while-rotating", "sigterm-at-epoch-end", "ctrl-c",
 )  # fmt: skip
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("killed_runs.py")
 
 
@@ -26,7 +27,7 @@ def outcomes(folder: Path, names: tuple[str, ...]) -> dict[str, dict]:
         [sys.executable, str(SCRIPT), str(folder), *names],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads((folder / "result.json").read_text())
