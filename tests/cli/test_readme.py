@@ -23,7 +23,9 @@ CODE = (
 
 
 def test_every_variable_that_is_read_is_documented_and_no_other() -> None:
-    pattern = re.compile(r"(?:environ|getenv)\b[^\n]*?[\"'](LORA_KERNELS_[A-Z_]+)[\"']")
+    pattern = re.compile(
+        r"(?:environ\b|getenv\b|_VARIABLE =)[^\n]*?[\"'](LORA_KERNELS_[A-Z_]+)[\"']"
+    )
     read = {name for path in CODE if path.exists() for name in pattern.findall(path.read_text())}
     # What a tool tells its own child process is nobody's to set.
     read = {name for name in read if not name.startswith("LORA_KERNELS_SUITE_")}
@@ -37,7 +39,7 @@ def test_every_op_and_backend_has_a_row(spec: _registry.OpSpec) -> None:
     table = README.partition("## What runs where")[2].partition("\n## ")[0]
     assert f"`{spec.name}`" in table
     for backend in spec.backends:
-        assert f"| `{backend}` |" in table
+        assert f"`{backend}`" in table
 
 
 def test_numbers_stand_in_their_place() -> None:
@@ -62,7 +64,8 @@ def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     made: dict[str, Any] = {
         "lk": lk, "nn": nn, "base": transformers.BertModel(shape), "x": torch.randn(5, 8),
         "weight": torch.randn(6, 8), "lora_a": torch.randn(2, 8), "lora_b": torch.randn(6, 2),
-        "bias": torch.randn(6), "scaling": 0.5, "trainer": SimpleNamespace(train=lambda: None),
+        "bias": torch.randn(6), "scaling": 0.5, "hidden": torch.randn(2, 5, 8),
+        "head": torch.randn(20, 8), "labels": torch.randint(0, 20, (2, 5)), "trainer": SimpleNamespace(train=lambda: None),
     }  # fmt: skip
     for name in ("weight", "lora_a", "lora_b", "scaling"):
         made[name + "s"] = [made[name]] * 3
