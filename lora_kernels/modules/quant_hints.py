@@ -62,8 +62,6 @@ def hints_from_config(config: Mapping[str, Any], dtype: torch.dtype | None = Non
         if not square or type(block[0]) is not int or block[0] < 1:
             _refuse("weight_block_size", block, "two equal integers >= 1")
         return Hints(dtype, block_size=block[0])
-    if method == "lora_kernels":
-        return _own(config, dtype)
     return Hints(dtype)
 
 
@@ -79,10 +77,3 @@ def _awq_layout(config: Mapping[str, Any]) -> str:
     if version != "gemm":
         _refuse("version", version, "gemm")
     return "awq"
-
-
-def _own(config: Mapping[str, Any], dtype: torch.dtype | None) -> Hints:
-    name = config.get("format")
-    layouts = {"int4": "gptq", "int4_awq": "awq"}
-    size = config.get("block_size")
-    return Hints(dtype, layouts.get(str(name)), None, size if name != "nf4" else None)
