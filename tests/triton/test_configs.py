@@ -23,6 +23,11 @@ def test_every_problem_has_a_valid_tile(where, itemsize, rank):
                 m, p, rank, itemsize, where,
                 dropout=dropout, exact=exact, descriptor=descriptor, members=members,
             )  # fmt: skip
+            unaligned = configs.gemm(
+                m, p, rank, itemsize, where,
+                dropout=dropout, exact=exact, members=members, vectors=False,
+            )  # fmt: skip
+            assert not unaligned.descriptor
             assert c in configs.gemm_table(itemsize, where)
             assert not configs.invalid(
                 c, where, itemsize, rank, dropout=dropout, exact=exact, members=members

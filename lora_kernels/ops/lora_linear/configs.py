@@ -126,8 +126,8 @@ _AMD = (
 )
 # Multiply-add units: small tiles, as every operand of a step is in registers.
 _FP32 = (
-    Gemm(64, 64, 32, 8, 2),
-    Gemm(64, 32, 32, 4, 2, lora_last=False),
+    Gemm(64, 64, 16, 8, 3),
+    Gemm(64, 32, 16, 4, 3, lora_last=False),
 )
 
 
@@ -168,10 +168,11 @@ def gemm_shared_bytes(c: Gemm, itemsize: int, rank: int) -> int:
 
 def invalid(
     c: Gemm, where: Target, itemsize: int, rank: int,
-    *, dropout: bool = False, exact: bool = False, members: int = 1,
+    *, dropout: bool = False, exact: bool = False, members: int = 1, vectors: bool = True,
 ) -> str:  # fmt: skip
     """Why `c` cannot run, or "". `exact`: the update is scaled in fp32, not in its operand;
-    `members`: terms of the sum, more than one in dgrad of a group."""
+    `members`: terms of the sum, more than one in dgrad of a group; `vectors`: every row of every
+    operand is whole 16 bytes at an aligned address."""
     if c.descriptor and not where.descriptors:
         return f"{where.name} has no unit for tensor maps"
     if c.flatten and where.name != "sm_90":
@@ -195,6 +196,8 @@ def invalid(
         return f"{members} members in a row spill registers in a tile of this size"
     if members > 1 and not c.descriptor and per_thread > REGISTERS // 2:
         return f"pointers of {members} members beside a tile of this size spill registers"
+    if not vectors and (c.descriptor or per_thread > REGISTERS // 2):
+        return "single elements beside a tile of this size spill registers"
     if exact and c.lora_last:
         return "an update that comes last is scaled in its operand"
     needed = gemm_shared_bytes(c, itemsize, rank)
@@ -210,6 +213,7 @@ _EFFICIENCY = {128 * 256: 1.0, 128 * 128: 0.88, 64 * 128: 0.7, 64 * 64: 0.5, 64 
 def gemm(
     M: int, P: int, rank: int, itemsize: int, where: Target,
     *, dropout: bool = False, exact: bool = False, descriptor: bool = False, members: int = 1,
+    vectors: bool = True,
 ) -> Gemm:  # fmt: skip
     """Default configuration for C [M, P]; `descriptor`: the operands allow tensor maps.
 
@@ -218,6 +222,9 @@ def gemm(
     """
     if "gemm" in _forced:
         return _forced["gemm"]
+    flags: dict[str, Any] = {
+        "dropout": dropout, "exact": exact, "members": members, "vectors": vectors,
+    }  # fmt: skip
     table = gemm_table(itemsize, where)
     usable_maps = descriptor and any(c.descriptor for c in table)
     found = tuned_tiles.lookup(
@@ -226,7 +233,7 @@ def gemm(
     )  # fmt: skip
     if found is not None:
         tuned = Gemm(**found)
-        why = invalid(tuned, where, itemsize, rank, dropout=dropout, exact=exact, members=members)
+        why = invalid(tuned, where, itemsize, rank, **flags)
         if not why:
             return tuned
 
@@ -241,8 +248,7 @@ def gemm(
     candidates = [
         c
         for c in table
-        if c.descriptor == usable_maps
-        and not invalid(c, where, itemsize, rank, dropout=dropout, exact=exact, members=members)
+        if c.descriptor == usable_maps and not invalid(c, where, itemsize, rank, **flags)
     ]
     return min(candidates, key=estimate)
 
@@ -258,10 +264,10 @@ def members_per_launch(ranks: tuple[int, ...], most: int) -> list[tuple[int, int
     return ranges
 
 
-def shrink_width(itemsize: int, dropout: bool) -> int:
+def shrink_width(itemsize: int, dropout: bool, vectors: bool = True) -> int:
     """Padded ranks of one shrink: what its registers hold, with a masked copy of X per member."""
     if dropout:
-        return 16 if itemsize == 4 else 64
+        return 64 if itemsize == 2 and vectors else 16
     return MAX_RANK if itemsize == 2 else 128
 
 
@@ -303,7 +309,8 @@ def shrink(M: int, K: int, total: int, itemsize: int, where: Target, dropout: bo
         # 32 columns draw every word of the generator four times: for ranks that drown its cost.
         whole = 128 if total <= 128 else 32
         step = whole if dropout else _step((128, 64, 32), (held + total) * itemsize, where, 4)
-        warps = 8 if held * total > 64 * 64 else 4
+        # Draws of several members and unaligned rows take registers: spread over more threads.
+        warps = 8 if total > (16 if dropout else 64) else 4
     # Partial sums may cost a quarter of the pass over X.
     splits = _splits(-(-M // held), -(-K // step), max(1, K // (16 * total)), where)
     return Rows(held, step, splits, warps, _stages(step * (held + total) * itemsize, where, 4))
@@ -318,7 +325,7 @@ def dy_pass(M: int, N: int, rank: int, itemsize: int, where: Target) -> Rows:
     if found is not None:
         return Rows(**found)
     padded = padded_rank(rank)
-    held = max(64, min(256, 128 * 64 // padded))
+    held = max(64, min(256, (64 if where.amd else 128) * 64 // padded))
     if itemsize == 4:
         held = 32 if padded <= 128 else 16
     row = (held + padded) * itemsize
@@ -326,7 +333,7 @@ def dy_pass(M: int, N: int, rank: int, itemsize: int, where: Target) -> Rows:
     if itemsize == 4:
         step = 32 if padded <= 64 else 16
     splits = _splits(-(-N // held), -(-M // step), max(1, M // (16 * rank)), where)
-    return Rows(held, step, splits, 8, _stages(step * row, where, 3))
+    return Rows(held, step, splits, 4 if where.amd else 8, _stages(step * row, where, 3))
 
 
 def da_pass(M: int, K: int, total: int, itemsize: int, where: Target) -> Rows:

@@ -210,7 +210,8 @@ def lora_linear_bwd(
 def _shrink(x: Tensor, lora_as: list[Tensor], drop: _Dropout) -> Tensor:
     (m, k), where = x.shape, target_of(x)
     ranks = tuple(a.shape[0] for a in lora_as)
-    most = configs.shrink_width(x.dtype.itemsize, drop.on)
+    vectors = all(_fits_map(t) for t in (x, *lora_as))
+    most = configs.shrink_width(x.dtype.itemsize, drop.on, vectors)
     launches = configs.members_per_launch(ranks, most)
     widths = [(j - i) * configs.padded_rank(max(ranks[i:j])) for i, j in launches]
     c = configs.shrink(m, k, max(widths), x.dtype.itemsize, where, drop.on)
@@ -253,15 +254,12 @@ def _gemm(
     masked = drop is not None and drop.on
     ranks = tuple(u.shape[1] for u in us)
     size = out.dtype.itemsize
-    tensor_maps = (
-        where.descriptors
-        and size == 2
-        and len(lefts) <= _MAX_MAPPED
-        and _fits_maps(out, lefts, rights)
-    )
+    vectors = _fits_maps(out, lefts, rights)
+    tensor_maps = where.descriptors and size == 2 and len(lefts) <= _MAX_MAPPED and vectors
     c = configs.gemm(
         m, p, max(ranks), size, where,
         dropout=masked, exact=exact, descriptor=tensor_maps, members=len(lefts),
+        vectors=vectors,
     )  # fmt: skip
     tiles = -(-m // c.block_m) * -(-p // c.block_n)
     programs = min(tiles, where.processors) if c.persistent else tiles

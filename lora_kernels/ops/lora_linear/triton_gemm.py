@@ -127,7 +127,7 @@ def _pointer_tile(
     p_inside = (p < P)[None, :]
     q = tl.arange(0, BQ)
     dtype: tl.constexpr = ls[0].dtype.element_ty
-    PREFETCH: tl.constexpr = RB == 16 and RANK_BLOCKS == 1
+    PREFETCH: tl.constexpr = RB == 16 and RANK_BLOCKS == 1 and dtype != tl.float32
     acc = tl.zeros((BM, BP), tl.float32)
     if not LORA_LAST:
         acc = _start(
@@ -204,7 +204,7 @@ def _descriptor_tile(
     m = m_first + tl.arange(0, BM)
     p = p_first + tl.arange(0, BP)
     dtype: tl.constexpr = c.dtype
-    PREFETCH: tl.constexpr = RB == 16 and RANK_BLOCKS == 1
+    PREFETCH: tl.constexpr = RB == 16 and RANK_BLOCKS == 1 and dtype != tl.float32
     acc = tl.zeros((BM, BP), tl.float32)
     if not LORA_LAST:
         acc = _start(
