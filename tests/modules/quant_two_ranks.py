@@ -23,6 +23,7 @@ CASES: dict[str, tuple[str, str, torch.dtype | None, torch.dtype]] = {
     "fsdp2 nf4 in float32 storage": ("fsdp2", "nf4", torch.float32, torch.float32),
     "fsdp2 int8": ("fsdp2", "int8", None, torch.float32),
     "fsdp2 fp8": ("fsdp2", "fp8", None, torch.float32),
+    "fsdp2 nf4, bf16": ("fsdp2", "nf4", None, torch.bfloat16),
     "fsdp2 nf4 in bf16 storage, bf16": ("fsdp2", "nf4", torch.bfloat16, torch.bfloat16),
 }
 
