@@ -8,7 +8,7 @@ constexpr cudaError_t cudaErrorNotSupported = static_cast<cudaError_t>(801);
 
 namespace lora_kernels::lora_linear::cuda {
 
-const char* check_sm90(const GemmParams&) { return "the emulator has no sm_90a"; }
+const char* check_sm90(const GemmParams&, Sm90Config) { return "the emulator has no sm_90a"; }
 Sm90Config choose_sm90(const GemmParams&) { return Sm90Config::kChoose; }
 cudaError_t launch_gemm_sm90(const GemmParams&, Sm90Config, cudaStream_t) {
   return cudaErrorInvalidValue;

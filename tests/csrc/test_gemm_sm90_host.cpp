@@ -36,7 +36,7 @@ struct Map {
 struct Kernel {
   OperandLayout layout;
   int block_n;
-  bool masked;
+  Sm90Masks masks;
 };
 
 std::vector<Map> maps;
@@ -67,10 +67,11 @@ CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, voi
   return CUDA_SUCCESS;
 }
 
-const void* make_kernel(OperandLayout layout, int block_n, bool masked) {
+const void* make_kernel(OperandLayout layout, int block_n, Sm90Masks masks) {
   static std::vector<Kernel*> made;
-  if (masked && (layout == OperandLayout::kNK || block_n != 128)) return nullptr;
-  made.push_back(new Kernel{layout, block_n, masked});
+  if (masks != kNoMask && layout == OperandLayout::kNK) return nullptr;
+  if (masks == kSeveralMasks && block_n != 128) return nullptr;
+  made.push_back(new Kernel{layout, block_n, masks});
   return made.back();
 }
 
@@ -104,8 +105,8 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* given, const void* fun
 }
 
 namespace lora_kernels::lora_linear::cuda {
-const void* gemm_sm90_bf16(OperandLayout l, int n, bool m) { return make_kernel(l, n, m); }
-const void* gemm_sm90_fp16(OperandLayout l, int n, bool m) { return make_kernel(l, n, m); }
+const void* gemm_sm90_bf16(OperandLayout l, int n, Sm90Masks m) { return make_kernel(l, n, m); }
+const void* gemm_sm90_fp16(OperandLayout l, int n, Sm90Masks m) { return make_kernel(l, n, m); }
 size_t shrink_workspace(const ShrinkParams&) { return 0; }
 size_t dy_pass_workspace(const DyPassParams&) { return 0; }
 size_t da_workspace(const DaParams&) { return 0; }
@@ -171,7 +172,8 @@ void run_launch() {
         place_tile(tile - problem.first_tile, p.m_blocks, problem.n_blocks, p.band);
     const Map& c = map_of(p.c[i]);
     CHECK(c.box_columns == 64 && c.box_rows == 64, "box of C");
-    CHECK(place.m_block * static_cast<int>(cluster) * kSm90BlockM < p.m, "tile %d has no row", tile);
+    CHECK(place.m_block * static_cast<int>(cluster) * kSm90BlockM < p.m, "tile %d has no row",
+          tile);
     for (unsigned rank = 0; rank < cluster; ++rank) {
       const int64_t m0 = (place.m_block * static_cast<int64_t>(cluster) + rank) * kSm90BlockM;
       const int64_t n0 = static_cast<int64_t>(place.n_block) * block_n;
@@ -187,7 +189,8 @@ void run_launch() {
               part +=
                   element(a, row, k) * (transposed ? element(b, k, column) : element(b, column, k));
             }
-            if (kernel->masked && p.stream[t] >= 0 && !kept(p.dropout, row, column, p.stream[t])) {
+            if (kernel->masks != kNoMask && p.stream[t] >= 0 &&
+                !kept(p.dropout, row, column, p.stream[t])) {
               part = 0.0f;
             }
             sum += part;
@@ -262,8 +265,9 @@ void check_case(const Case& x) {
   const cudaError_t error = launch_gemm_sm90(p, x.config, nullptr);
   CHECK(error == cudaSuccess, "error %d", error);
   if (why != nullptr || error != cudaSuccess) return;
-  CHECK(kernel->masked == (x.masked > 0 && x.threshold > 0) && kernel->layout == x.layout,
-        "kernel");
+  CHECK(
+      (kernel->masks != kNoMask) == (x.masked > 0 && x.threshold > 0) && kernel->layout == x.layout,
+      "kernel");
   CHECK(config.blockDim.x == 384 && config.gridDim.x % cluster == 0 &&
             config.gridDim.x >= cluster &&
             config.gridDim.x / cluster <= static_cast<unsigned>(launched.tiles),
@@ -327,6 +331,15 @@ void check_refusals() {
     q.term[0].stream = 0;
     q.dropout.threshold = 9;
   });
+  GemmParams several = p;
+  several.layout = OperandLayout::kKN;
+  several.problem[0].terms = 3;
+  several.dropout.threshold = 9;
+  for (int t = 0; t < 3; ++t) several.term[t] = {a.data(), 64, b.data(), 64, 40, t < 2 ? t : -1};
+  CHECK(check_sm90(several) == nullptr, "%s", check_sm90(several));
+  CHECK(check_sm90(several, Sm90Config::k128x256) != nullptr, "two masks in 256 columns");
+  CHECK(launch_gemm_sm90(several, Sm90Config::k128x256, nullptr) == cudaErrorInvalidValue,
+        "two masks in 256 columns are launched");
   refused("float32", [](GemmParams& q) { q.dtype = Dtype::kFloat32; });
   refused("no multiprocessors", [](GemmParams& q) { q.sm_count = 0; });
   p.m = 0;

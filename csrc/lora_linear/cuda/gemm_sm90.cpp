@@ -46,15 +46,19 @@ bool encode_matrix(Encode encode, CUtensorMap* map, Dtype dtype, const void* dat
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-bool masked(const GemmParams& p) {
-  if (p.dropout.threshold == 0) return false;
+// The most masked terms that a problem has.
+Sm90Masks masks_of(const GemmParams& p) {
+  if (p.dropout.threshold == 0) return kNoMask;
+  int most = 0;
   for (int i = 0; i < p.problems; ++i) {
     const GemmProblem& problem = p.problem[i];
+    int count = 0;
     for (int t = problem.first_term; t < problem.first_term + problem.terms; ++t) {
-      if (p.term[t].stream >= 0) return true;
+      count += p.term[t].stream >= 0;
     }
+    most = count > most ? count : most;
   }
-  return false;
+  return most == 0 ? kNoMask : most == 1 ? kOneMask : kSeveralMasks;
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -85,11 +89,16 @@ Shape shape_of(Sm90Config config) {
 
 }  // namespace
 
-const char* check_sm90(const GemmParams& p) {
+const char* check_sm90(const GemmParams& p, Sm90Config config) {
   if (const char* why = check(p)) return why;
   if (p.sm_count < 1) return "the number of multiprocessors is not given";
   const bool transposed = p.layout == OperandLayout::kKN;
-  if (masked(p) && !transposed) return "masked terms are supported where B is [k, N] only";
+  if (masks_of(p) != kNoMask && !transposed)
+    return "masked terms are supported where B is [k, N] only";
+  if (config != Sm90Config::kChoose && shape_of(config).block_n == 256 &&
+      masks_of(p) == kSeveralMasks) {
+    return "a group with dropout needs a tile of 128 columns";
+  }
   for (int i = 0; i < p.problems; ++i) {
     const GemmProblem& problem = p.problem[i];
     if (problem.n == 0) continue;
@@ -114,7 +123,8 @@ const char* check_sm90(const GemmParams& p) {
 
 Sm90Config choose_sm90(const GemmParams& p) {
   const bool pairs = p.m > kSm90BlockM;
-  if (masked(p)) return pairs ? Sm90Config::k128x128Cluster : Sm90Config::k128x128;
+  if (masks_of(p) == kSeveralMasks)
+    return pairs ? Sm90Config::k128x128Cluster : Sm90Config::k128x128;
   // Rounds of the grid in units of a 128 x 128 tile; the wide tile needs fewer bytes per product,
   // which the model prices at an eighth. Not measured.
   const int64_t wide = 16 * ceil_div(count_tiles(p, 256), p.sm_count);
@@ -124,12 +134,12 @@ Sm90Config choose_sm90(const GemmParams& p) {
 }
 
 cudaError_t launch_gemm_sm90(const GemmParams& p, Sm90Config config, cudaStream_t stream) {
-  if (check_sm90(p) != nullptr) return cudaErrorInvalidValue;
+  if (check_sm90(p, config) != nullptr) return cudaErrorInvalidValue;
   if (config == Sm90Config::kChoose) config = choose_sm90(p);
   const Shape shape = shape_of(config);
-  const bool mask = masked(p);
-  const void* kernel = p.dtype == Dtype::kBFloat16 ? gemm_sm90_bf16(p.layout, shape.block_n, mask)
-                                                   : gemm_sm90_fp16(p.layout, shape.block_n, mask);
+  const Sm90Masks masks = masks_of(p);
+  const void* kernel = p.dtype == Dtype::kBFloat16 ? gemm_sm90_bf16(p.layout, shape.block_n, masks)
+                                                   : gemm_sm90_fp16(p.layout, shape.block_n, masks);
   if (kernel == nullptr) return cudaErrorInvalidValue;
   const Encode encode = find_encode();
   if (encode == nullptr) return cudaErrorNotSupported;

@@ -15,10 +15,12 @@
 //   is filled for have arrived. One group of products stays in flight while the next is issued.
 // Cluster: each block loads its A and half of B, the half goes to both (multicast): B is read once
 //   from L2 for two blocks.
-// Masked terms (dropout in dX) come first: each is multiplied by itself, masked in registers and
-//   added to a second accumulator, which joins at the end; masks differ from member to member, so
-//   one accumulator does not do. Two of 128 x 256 do not fit the registers, so this kernel has 128
-//   columns. Keep bits are drawn while the products run, 8 columns per call, all 8 of this thread.
+// Masked terms (dropout in dX) come first. One of them is masked in place, in the accumulator that
+// the
+//   others are then added to. Several (a group) have masks of their own, so each is multiplied by
+//   itself, masked and added to a second accumulator, which joins at the end; two of 128 x 256 do
+//   not fit the registers, so that kernel has 128 columns. Keep bits are drawn while the products
+//   run, 8 columns per call, all 8 of them this thread's.
 // Bytes: A and B once per tile through L2, C once. Numerics: as the tensor core accumulates.
 // Limits: 16-byte aligned pointers and rows (check_sm90), extents below 2^31.
 #pragma once
@@ -28,6 +30,7 @@
 #include "../../common/tma.cuh"
 #include "../../common/wgmma.cuh"
 #include "dropout.cuh"
+#include "gemm_sm90_kernels.h"
 #include "gemm_sm90_params.h"
 #include "gemm_sm90_schedule.h"
 
@@ -110,7 +113,7 @@ LK_DEVICE void draw_keep_bits(const DropoutKey& key, int stream, int row, int n,
   for (int c = 0; c < kBlockN / 64; ++c) keep[c] = 0;
 #pragma unroll
   for (int block = 0; block < kBlockN / 128; ++block) {
-#pragma unroll
+#pragma unroll 1  // fewer draws at a time: registers
     for (int h = 0; h < 2; ++h) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -240,7 +243,7 @@ LK_DEVICE void finish_products(uint32_t barriers, int blocks, int& held, float (
   held = -1;
 }
 
-template <typename T, int kBlockN, bool kTransposedB, bool kMasked>
+template <typename T, int kBlockN, bool kTransposedB, int kMasks>
 LK_DEVICE void consume(const Sm90Params& p, uint32_t stages, uint32_t staging, uint32_t barriers,
                        float* staged_bias, int consumer, int cluster, int clusters, int blocks,
                        int rank) {
@@ -253,16 +256,17 @@ LK_DEVICE void consume(const Sm90Params& p, uint32_t stages, uint32_t staging, u
     const Sm90Work work = find_work<kBlockN>(p, tile, blocks, rank);
     const Sm90Problem& problem = p.problem[work.problem];
     float d[kBlockN / 2];
-    [[maybe_unused]] float masked[kMasked ? kBlockN / 2 : 1] = {};
+    [[maybe_unused]] float masked[kMasks == kSeveralMasks ? kBlockN / 2 : 1] = {};
+    const int end = problem.first_term + problem.terms;
     int t = problem.first_term;
-    int held = -1;
+    int held = -1, accumulate = 0;
     float bias[kBlockN / 128];
     load_biases<kBlockN>(problem, work.n, bias);
-    if constexpr (kMasked) {
+    if constexpr (kMasks != kNoMask) {
       const int row = work.m + 64 * consumer + 16 * (thread / 32) + thread % 32 / 4;
 #pragma unroll 1
-      for (; t < problem.first_term + problem.terms && p.stream[t] >= 0; ++t) {
-        int accumulate = 0;
+      for (; t < end && p.stream[t] >= 0; ++t) {
+        accumulate = 0;
         multiply_term<T, kBlockN, kTransposedB>(p.k[t], stages, barriers, consumer, blocks, place,
                                                 held, accumulate, d);
         uint32_t keep[kBlockN / 64];
@@ -270,18 +274,27 @@ LK_DEVICE void consume(const Sm90Params& p, uint32_t stages, uint32_t staging, u
         finish_products<Tile::kStages>(barriers, blocks, held, d);
 #pragma unroll
         for (int i = 0; i < kBlockN / 2; ++i) {
-          masked[i] += (keep[i / 32] >> i % 32 & 1u) ? d[i] : 0.0f;
+          const float value = (keep[i / 32] >> i % 32 & 1u) ? d[i] : 0.0f;
+          if constexpr (kMasks == kOneMask) {
+            d[i] = value;
+          } else {
+            masked[i] += value;
+          }
+        }
+        if constexpr (kMasks == kOneMask) {
+          ++t;
+          break;
         }
       }
+      if constexpr (kMasks == kSeveralMasks) accumulate = 0;
     }
-    int accumulate = 0;
 #pragma unroll 1
-    for (; t < problem.first_term + problem.terms; ++t) {
+    for (; t < end; ++t) {
       multiply_term<T, kBlockN, kTransposedB>(p.k[t], stages, barriers, consumer, blocks, place,
                                               held, accumulate, d);
     }
     finish_products<Tile::kStages>(barriers, blocks, held, d);
-    if constexpr (kMasked) {
+    if constexpr (kMasks == kSeveralMasks) {
 #pragma unroll
       for (int i = 0; i < kBlockN / 2; ++i) d[i] += masked[i];
     }
@@ -293,7 +306,7 @@ LK_DEVICE void consume(const Sm90Params& p, uint32_t stages, uint32_t staging, u
 
 #endif  // sm_90a
 
-template <typename T, int kBlockN, bool kTransposedB, bool kMasked>
+template <typename T, int kBlockN, bool kTransposedB, int kMasks>
 __global__ void __launch_bounds__(kSm90Threads, 1)
     gemm_sm90_kernel(const __grid_constant__ Sm90Params p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -336,9 +349,9 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
     take_registers<kSm90ConsumerRegisters>();
     float* staged_bias =
         reinterpret_cast<float*>(shared + (staging + Tile::kStagingBytes - shared_address(shared)));
-    consume<T, kBlockN, kTransposedB, kMasked>(p, stages, staging, barriers,
-                                               staged_bias + 64 * (warpgroup - 1), warpgroup - 1,
-                                               cluster, clusters, blocks, rank);
+    consume<T, kBlockN, kTransposedB, kMasks>(p, stages, staging, barriers,
+                                              staged_bias + 64 * (warpgroup - 1), warpgroup - 1,
+                                              cluster, clusters, blocks, rank);
   }
   // No block leaves while another one may still write to it or arrive at its barriers.
   if (blocks > 1) {

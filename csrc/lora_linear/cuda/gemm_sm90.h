@@ -20,8 +20,9 @@ enum class Sm90Config : int {
 };
 
 // Null when launch_gemm_sm90 accepts the arguments (those that check() accepts), else one sentence:
-// the copy engine needs 16-byte aligned pointers and row strides.
-const char* check_sm90(const GemmParams&);
+// the copy engine needs 16-byte aligned pointers and row strides, and several masks per problem
+// need a tile of 128 columns.
+const char* check_sm90(const GemmParams&, Sm90Config = Sm90Config::kChoose);
 
 // What kChoose means for these extents; pure host code.
 Sm90Config choose_sm90(const GemmParams&);

@@ -2,8 +2,8 @@
 
 namespace lora_kernels::lora_linear::cuda {
 
-const void* gemm_sm90_fp16(OperandLayout layout, int block_n, bool masked) {
-  return gemm_sm90_table<fp16>(layout, block_n, masked);
+const void* gemm_sm90_fp16(OperandLayout layout, int block_n, Sm90Masks masks) {
+  return gemm_sm90_table<fp16>(layout, block_n, masks);
 }
 
 }  // namespace lora_kernels::lora_linear::cuda

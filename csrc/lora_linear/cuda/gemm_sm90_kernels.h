@@ -6,7 +6,10 @@
 
 namespace lora_kernels::lora_linear::cuda {
 
-const void* gemm_sm90_bf16(OperandLayout, int block_n, bool masked);
-const void* gemm_sm90_fp16(OperandLayout, int block_n, bool masked);
+// Masked terms per problem that a kernel is made for.
+enum Sm90Masks : int { kNoMask = 0, kOneMask = 1, kSeveralMasks = 2 };
+
+const void* gemm_sm90_bf16(OperandLayout, int block_n, Sm90Masks);
+const void* gemm_sm90_fp16(OperandLayout, int block_n, Sm90Masks);
 
 }  // namespace lora_kernels::lora_linear::cuda

@@ -7,22 +7,22 @@
 namespace lora_kernels::lora_linear::cuda {
 
 template <typename T>
-const void* gemm_sm90_table(OperandLayout layout, int block_n, bool masked) {
+const void* gemm_sm90_table(OperandLayout layout, int block_n, Sm90Masks masks) {
   const bool transposed = layout == OperandLayout::kKN;
-  if (masked) {
-    return transposed && block_n == 128
-               ? reinterpret_cast<const void*>(&gemm_sm90_kernel<T, 128, true, true>)
-               : nullptr;
+  const void* wide = nullptr;
+  const void* narrow = nullptr;
+  if (masks == kNoMask) {
+    wide = transposed ? reinterpret_cast<const void*>(&gemm_sm90_kernel<T, 256, true, kNoMask>)
+                      : reinterpret_cast<const void*>(&gemm_sm90_kernel<T, 256, false, kNoMask>);
+    narrow = transposed ? reinterpret_cast<const void*>(&gemm_sm90_kernel<T, 128, true, kNoMask>)
+                        : reinterpret_cast<const void*>(&gemm_sm90_kernel<T, 128, false, kNoMask>);
+  } else if (transposed) {
+    if (masks == kOneMask) {
+      wide = reinterpret_cast<const void*>(&gemm_sm90_kernel<T, 256, true, kOneMask>);
+    }
+    narrow = reinterpret_cast<const void*>(&gemm_sm90_kernel<T, 128, true, kSeveralMasks>);
   }
-  if (block_n == 256) {
-    return transposed ? reinterpret_cast<const void*>(&gemm_sm90_kernel<T, 256, true, false>)
-                      : reinterpret_cast<const void*>(&gemm_sm90_kernel<T, 256, false, false>);
-  }
-  if (block_n == 128) {
-    return transposed ? reinterpret_cast<const void*>(&gemm_sm90_kernel<T, 128, true, false>)
-                      : reinterpret_cast<const void*>(&gemm_sm90_kernel<T, 128, false, false>);
-  }
-  return nullptr;
+  return block_n == 256 ? wide : block_n == 128 ? narrow : nullptr;
 }
 
 }  // namespace lora_kernels::lora_linear::cuda

@@ -107,7 +107,7 @@ void run_gemm(const GemmParams& p, const std::string& name, const Place& place) 
   for (const Named& known : kSm90) {
     if (name != known.name) continue;
     require(place.hopper, "the sm_90a GEMM needs compute capability 9.0");
-    require(check_sm90(p));
+    require(check_sm90(p, known.config));
     return check_launch(launch_gemm_sm90(p, known.config, place.stream), "gemm_sm90");
   }
   fail("lora_linear: gemm='" + name +
