@@ -111,6 +111,7 @@ _POINTER = (
     Gemm(128, 128, 64, 8, 3),
     Gemm(128, 128, 32, 8, 3, persistent=True),
     Gemm(64, 128, 32, 4, 4),
+    Gemm(64, 128, 32, 8, 4),
     Gemm(64, 64, 64, 4, 3),
     Gemm(128, 128, 32, 8, 4, lora_last=False),
     Gemm(64, 128, 32, 4, 4, lora_last=False),
@@ -196,7 +197,7 @@ def invalid(
         return f"{members} members in a row spill registers in a tile of this size"
     if members > 1 and not c.descriptor and per_thread > REGISTERS // 2:
         return f"pointers of {members} members beside a tile of this size spill registers"
-    if not vectors and (c.descriptor or per_thread > REGISTERS // 2):
+    if not vectors and (c.descriptor or per_thread > REGISTERS // 4):
         return "single elements beside a tile of this size spill registers"
     if exact and c.lora_last:
         return "an update that comes last is scaled in its operand"
