@@ -69,13 +69,13 @@ def build_cuda(folder: Path) -> None:
 
 def native() -> dict[str, object]:
     if os.environ.get("LORA_KERNELS_SKIP_CPU") == "1":
-        print("lora_kernels: LORA_KERNELS_SKIP_CPU=1, the CPU kernels are not built")
+        print("lora_kernels: LORA_KERNELS_SKIP_CPU=1, neither CPU nor CUDA kernels are built")
         return {}
     try:
         import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
-        print(f"lora_kernels: torch cannot be imported ({error}), the CPU kernels are not built")
+        print(f"lora_kernels: torch cannot be imported ({error}), no kernels are built")
         return {}
 
     class BuildBoth(BuildExtension):

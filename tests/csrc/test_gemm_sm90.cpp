@@ -97,6 +97,15 @@ void check_n_major(int columns) {
   }
 }
 
+// The bits that CUTLASS 4.2 (make_gmma_desc) gives for the same layouts at address 0.
+void check_known_bits() {
+  const uint64_t n_major = 4611686293338849280u, k_major = 4611686293305360384u;
+  CHECK(n_major_descriptor(0, 0, 8192) == n_major, "N-major");
+  CHECK(n_major_descriptor(0, 1, 8192) == n_major + 2048 / 16, "N-major, second step");
+  CHECK(k_major_descriptor(0, 0) == k_major, "K-major");
+  CHECK(k_major_descriptor(0, 1) == k_major + 32 / 16, "K-major, second step");
+}
+
 // A descriptor with the two strides exchanged must not pass the model.
 void check_model_notices() {
   Shared shared;
@@ -203,6 +212,7 @@ int main() {
   check_k_major(256);
   check_n_major(128);
   check_n_major(256);
+  check_known_bits();
   check_model_notices();
   check_staging();
   check_keep_bits();

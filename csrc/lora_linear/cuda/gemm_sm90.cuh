@@ -1,26 +1,23 @@
 // Kernel of gemm_sm90.h: persistent, warp-specialised, TMA in, wgmma, TMA out.
 //
-// Math: C [M, N] = sum over terms t of A_t [M, k_t] B_t, fp32 sum, one rounding at the store. B_t
-// is
-//   [N, k] (forward: W, B; K-major for wgmma) or [k, N] (dX: W, A; N-major, the transposed-B form
-//   of wgmma, so neither W nor A is copied).
+// Math: C [M, N] = sum over terms t of A_t [M, k_t] B_t, fp32 sum, one rounding at the store.
+//   B_t is [N, k] (forward: W, B; K-major for wgmma) or [k, N] (dX: W, A; N-major, the
+//   transposed-B form of wgmma, so neither W nor A is copied).
 // Work: a cluster of one or two blocks takes 128 rows per block and kBlockN columns; tiles are
 //   strided over the grid (place_tile). Warpgroup 0 is the producer, of which one thread works;
 //   warpgroups 1 and 2 each multiply 64 rows.
 // Pipeline: ring of stages [A 128 x 64 | B kBlockN x 64]. The terms are one long loop over k
-// blocks:
-//   a rank-r term is a block like any other, in which TMA fills what lies past r with zeros and
-//   only ceil(r / 16) k16 steps are multiplied. `full` of a stage ends when the producer has
-//   arrived and all bytes are there; `empty` when all consumer warps of all blocks that the stage
-//   is filled for have arrived. One group of products stays in flight while the next is issued.
+//   blocks: a rank-r term is a block like any other, in which TMA fills what lies past r with
+//   zeros and only ceil(r / 16) k16 steps are multiplied. `full` of a stage ends when the producer
+//   has arrived and all bytes are there; `empty` when all consumer warps of all blocks that the
+//   stage is filled for have arrived. One group of products runs while the next is issued.
 // Cluster: each block loads its A and half of B, the half goes to both (multicast): B is read once
 //   from L2 for two blocks.
-// Masked terms (dropout in dX) come first. One of them is masked in place, in the accumulator that
-// the
-//   others are then added to. Several (a group) have masks of their own, so each is multiplied by
-//   itself, masked and added to a second accumulator, which joins at the end; two of 128 x 256 do
-//   not fit the registers, so that kernel has 128 columns. Keep bits are drawn while the products
-//   run, 8 columns per call, all 8 of them this thread's.
+// Masked terms (dropout in dX) come first. A single one is masked in place, in the accumulator
+//   that the others are then added to. Several (a group) have masks of their own, so each is
+//   multiplied by itself, masked and added to a second accumulator, which joins at the end; two of
+//   128 x 256 do not fit the registers, so that kernel has 128 columns. Keep bits are drawn while
+//   the products run, 8 columns per call, all 8 of them this thread's.
 // Bytes: A and B once per tile through L2, C once. Numerics: as the tensor core accumulates.
 // Limits: 16-byte aligned pointers and rows (check_sm90), extents below 2^31.
 #pragma once
