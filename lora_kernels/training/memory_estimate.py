@@ -15,6 +15,7 @@ statistic per head:
     input of gate/up                   H
     gate, up, product                  3 F
     S of each adapted layer            r each
+    DoRA: output before its scaling    the outputs of the seven linear layers
     log-sum-exp                        2 heads (fp32)
 
 With checkpointing only the input of each layer (H) stays, plus one layer's activations while it is
@@ -188,7 +189,9 @@ def estimate_memory(
         adapter=own / shards_weights,
         gradients=trained * trained_bytes / shards_state,
         optimizer=2.0 * trained * trained_bytes / shards_state,
-        activations=_activations(shape, tokens, r if adapters else 0, checkpointing, weight_bytes),
+        activations=_activations(
+            shape, tokens, r if adapters else 0, method == "dora", checkpointing, weight_bytes
+        ),
         logits=logits,
     )
 
@@ -204,11 +207,12 @@ def _trained_by_freezing(shape: DecoderShape, frozen_layers: int | None) -> int:
 
 
 def _activations(
-    shape: DecoderShape, tokens: int, r: int, checkpointing: bool, bytes_: int
+    shape: DecoderShape, tokens: int, r: int, dora: bool, checkpointing: bool, bytes_: int
 ) -> float:
     h, f = shape.hidden, shape.feed_forward
     q, k = shape.heads * shape.width, shape.key_heads * shape.width
-    of_layer = tokens * (bytes_ * (4 * h + 2 * q + 2 * k + 3 * f + 7 * r) + 2 * 4 * shape.heads)
+    kept = 4 * h + 2 * q + 2 * k + 3 * f + 7 * r + dora * sum(o for _, o in shape.linears)
+    of_layer = tokens * (bytes_ * kept + 2 * 4 * shape.heads)
     if checkpointing:
         return float(shape.layers * tokens * h * bytes_ + of_layer)
     return float(shape.layers * of_layer)
