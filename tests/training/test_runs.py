@@ -54,7 +54,7 @@ def test_the_best_checkpoint_is_kept(pair: Any, tmp_path: Path) -> None:
     """A rate that ruins the model after a while: the last step is not the best one."""
     settings = config(
         pair, tmp_path / "run", max_steps=24, eval_steps=4, keep_best=True, learning_rate=3e-2,
-        scheduler="constant_with_warmup", lr_warmup=0.0,
+        scheduler="constant", lr_warmup=0.0,
     )  # fmt: skip
     settings["metric"] = "loss"
     result = finetune(settings, quiet=True)
@@ -65,16 +65,19 @@ def test_the_best_checkpoint_is_kept(pair: Any, tmp_path: Path) -> None:
     assert report["steps"] == 24 and not report["stopped_early"]
     assert not checkpoint_folder(result.output).exists()
     assert not (result.output / "checkpoints").exists()
-    # What is saved is that checkpoint and not the last step: its loss on the test is reported.
-    plain = finetune(
-        {**settings, "train": {**settings["train"], "keep_best": False, "max_steps": 24},
-         "output": str(tmp_path / "last")}, quiet=True,
-    )  # fmt: skip
-    if best != 24:
-        assert plain.report["metrics"]["loss"] != report["metrics"]["loss"]
+    # At a constant rate a run that ends there takes the same steps.
+    assert best < 24, "the case that is meant does not occur"
+    short = {**settings, "output": str(tmp_path / "short")}
+    short["train"] = {**settings["train"], "keep_best": False, "max_steps": best}
+    name = "adapter_model.safetensors"
+    expected = (finetune(short, quiet=True).adapter / name).read_bytes()
+    assert (result.adapter / name).read_bytes() == expected
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora", "freeze", "full"])
+@pytest.mark.parametrize(
+    "method",
+    ["lora", "qlora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("freeze", "full"))],
+)
 def test_early_stopping_for_every_kind_of_method(pair: Any, tmp_path: Path, method: str) -> None:
     settings = config(
         pair, tmp_path / "run", max_steps=40, eval_steps=1, early_stopping=2, learning_rate=1e-12
@@ -161,10 +164,10 @@ def test_options_reach_the_trainer(pair: Any, tmp_path: Path) -> None:
 def test_loraplus_changes_the_training(pair: Any, tmp_path: Path) -> None:
     reports = [
         finetune(config(pair, tmp_path / f"run{ratio}", loraplus_ratio=ratio), quiet=True).report
-        for ratio in (None, 1.0, 8.0)
+        for ratio in (1.0, 8.0)
     ]
     losses = [report["losses"] for report in reports]
-    assert losses[0] == losses[1] != losses[2]
+    assert losses[0][0] == losses[1][0] and losses[0] != losses[1]
 
 
 def test_a_diverged_training_writes_nothing(pair: Any, tmp_path: Path) -> None:
@@ -175,6 +178,7 @@ def test_a_diverged_training_writes_nothing(pair: Any, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_of_frozen_models(tmp_path: Path) -> None:
     pair = write_llama(tmp_path / "model"), write_data("causal-lm", tmp_path)
     for method in ("freeze", "qlora", "lora"):
