@@ -94,6 +94,12 @@ def usage(binary: Path, folder: Path) -> dict[str, tuple[int, int, int, int]]:
     return found
 
 
+def ptx(binary: Path, folder: Path) -> list[str]:
+    """Names of the PTX texts, one for each translation unit that has any."""
+    lines = _cuobjdump(folder, "-lptx", str(binary)).splitlines()
+    return [line.split()[-1] for line in lines if line.startswith("PTX file")]
+
+
 def rules(path: Path = RULES) -> Iterator[Rule]:
     for line in path.read_text().splitlines():
         if line.strip() and not line.startswith("#"):

@@ -60,6 +60,15 @@ def test_registers_stack_and_shared_memory():
             assert registers == 168, f"{name}: {registers} registers"
 
 
+@needs_library
+def test_newer_gpus_have_ptx_of_everything_but_the_hopper_gemm():
+    assert TOOLS is not None
+    listed = sass_gate.ptx(LIBRARY, TOOLS)
+    units = [line for line in (sass_gate.ROOT / "csrc/sources.txt").read_text().splitlines()
+             if line.startswith("cuda ")]  # fmt: skip
+    assert len(listed) == len(units) and all("sm_90.ptx" in name for name in listed), listed
+
+
 BROKEN = """
 __global__ void gemm_sm90_kernel_plain(float* x) { x[threadIdx.x] *= 2.0f; }
 __global__ void gemm_sm90_kernel_local(float* x, const int* at) {

@@ -76,7 +76,25 @@ def test_what_is_not_supported_has_a_reason(changes, reason):
 def test_the_reason_of_the_machine_comes_last():
     able, why = cuda.supports(problem())
     assert able == (not backend.device_reason())
-    assert why == (backend.device_reason() or "CUDA C++ kernels")
+    assert why.startswith(backend.device_reason() or "CUDA C++ kernels, ")
+
+
+@pytest.mark.parametrize(
+    ("capability", "changes", "gemm"),
+    [
+        ((9, 0), {}, "sm_90a GEMM"),
+        ((9, 0), {"K": 65}, "sm_80 GEMM (in_features or out_features is no multiple of 8)"),
+        ((9, 0), {"N": (64, 65)}, "sm_80 GEMM (in_features or out_features is no multiple of 8)"),
+        ((8, 0), {}, "sm_80 GEMM (compute capability 8.0; the sm_90a one needs 9.0)"),
+        ((10, 0), {}, "sm_80 GEMM (compute capability 10.0; the sm_90a one needs 9.0)"),
+    ],
+)
+def test_the_choice_of_the_gemm_is_told(monkeypatch, capability, changes, gemm):
+    monkeypatch.setattr(backend, "device_reason", lambda: "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert cuda.supports(problem(**changes)) == (True, f"CUDA C++ kernels, {gemm}")
+    monkeypatch.setenv("LORA_KERNELS_CUDA_GEMM", "sm80")
+    assert "sm80 GEMM by LORA_KERNELS_CUDA_GEMM" in cuda.supports(problem(**changes))[1]
 
 
 def test_a_request_by_name_raises_instead_of_falling_back():

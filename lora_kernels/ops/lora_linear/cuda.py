@@ -43,7 +43,19 @@ def supports(problem: LoraLinearProblem) -> tuple[bool, str]:
     if max(problem.M, problem.K, *problem.N) > _MAX_EXTENT:
         return False, f"an extent is larger than {_MAX_EXTENT}"
     reason = backend.device_reason()
-    return not reason, reason or "CUDA C++ kernels"
+    return not reason, reason or f"CUDA C++ kernels, {_gemm_of(problem)}"
+
+
+def _gemm_of(problem: LoraLinearProblem) -> str:
+    """Which GEMM runs where the tensors are aligned, and why it is not the sm_90a one."""
+    if _gemm() != "auto":
+        return f"{_gemm()} GEMM by LORA_KERNELS_CUDA_GEMM"
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) != (9, 0):
+        return f"sm_80 GEMM (compute capability {major}.{minor}; the sm_90a one needs 9.0)"
+    if any(n % 8 for n in (problem.K, *problem.N)):
+        return "sm_80 GEMM (in_features or out_features is no multiple of 8)"
+    return "sm_90a GEMM"
 
 
 def _gemm() -> str:
