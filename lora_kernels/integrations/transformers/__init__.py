@@ -1,6 +1,12 @@
-"""transformers models on quantized layers: :class:`QuantConfig` for ``from_pretrained``."""
+"""transformers models on quantized layers: :class:`QuantConfig` for ``from_pretrained``.
+
+The first use of :class:`QuantConfig` registers it with transformers; importing this package, or
+another module of it, does not.
+"""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 try:
     import transformers as _transformers  # noqa: F401
@@ -10,10 +16,18 @@ except ImportError as error:
         "pip install 'lora-kernels[hf]'"
     ) from error
 
-from lora_kernels.integrations.transformers.quant_config import QuantConfig
-from lora_kernels.integrations.transformers.quantizer import LoraKernelsQuantizer
-from lora_kernels.integrations.transformers.registration import register
+if TYPE_CHECKING:
+    from lora_kernels.integrations.transformers.quant_config import QuantConfig as QuantConfig
 
-register()
+__all__ = ["QuantConfig"]
 
-__all__ = ["LoraKernelsQuantizer", "QuantConfig", "register"]
+
+def __getattr__(name: str) -> Any:
+    if name != "QuantConfig":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lora_kernels.integrations.transformers.quant_config import QuantConfig
+    from lora_kernels.integrations.transformers.registration import register
+
+    register()
+    globals()[name] = QuantConfig
+    return QuantConfig
