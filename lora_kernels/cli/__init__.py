@@ -10,6 +10,7 @@ from lora_kernels._version import __version__
 from lora_kernels.cli import (
     convert_command,
     env_command,
+    eval_command,
     generate_command,
     inspect_command,
     merge_command,
@@ -24,6 +25,7 @@ INTERRUPTED = 75
 _COMMANDS = (
     train_command,
     predict_command,
+    eval_command,
     generate_command,
     merge_command,
     convert_command,
