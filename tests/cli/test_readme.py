@@ -65,7 +65,8 @@ def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "lk": lk, "nn": nn, "base": transformers.BertModel(shape), "x": torch.randn(5, 8),
         "weight": torch.randn(6, 8), "lora_a": torch.randn(2, 8), "lora_b": torch.randn(6, 2),
         "bias": torch.randn(6), "scaling": 0.5, "hidden": torch.randn(2, 5, 8),
-        "head": torch.randn(20, 8), "labels": torch.randint(0, 20, (2, 5)), "trainer": SimpleNamespace(train=lambda: None),
+        "head": torch.randn(20, 8), "labels": torch.randint(0, 20, (2, 5)),
+        "trainer": SimpleNamespace(train=lambda: None),
     }  # fmt: skip
     for name in ("weight", "lora_a", "lora_b", "scaling"):
         made[name + "s"] = [made[name]] * 3
