@@ -1,6 +1,7 @@
 // Host entries of quant_linear on the CPU: checks, allocation, params, threads, kernels.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/mean.h>
 #include <ATen/ops/sub.h>
 #include <ATen/ops/zeros.h>
@@ -20,6 +21,7 @@ namespace {
 constexpr int64_t kMaxRows = 4096;                   // of X in one job: bounds its packed copy
 constexpr int64_t kKeptBytes = int64_t{64} << 20;    // of workspace that a thread keeps
 constexpr int64_t kStreamBytes = int64_t{1} << 20;   // results stored past the cache
+constexpr int64_t kLargePages = int64_t{4} << 20;  // results of at least as many bytes
 constexpr int64_t kThreadWork = int64_t{1} << 18;    // products worth a thread
 
 Dtype dtype_of(at::ScalarType type) {
@@ -114,6 +116,16 @@ void run_job(const Job<Params>& job, const Params& p, int64_t light, int64_t wor
   }
 }
 
+// Large results on large pages: clearing fresh small ones takes longer than decoding a weight.
+at::Tensor new_matrix(int64_t rows, int64_t columns, at::ScalarType dtype) {
+  const int64_t bytes = rows * columns * static_cast<int64_t>(c10::elementSize(dtype));
+  if (bytes < kLargePages) return at::empty({rows, columns}, dtype);
+  std::shared_ptr<void> block = cpu::allocate(static_cast<size_t>(bytes));
+  void* data = block.get();
+  return at::from_blob(data, {rows, columns}, [block](void*) mutable { block.reset(); },
+                       at::TensorOptions().dtype(dtype));
+}
+
 // Adds the threads' partials in order: [parts, rank_padded, columns_padded] -> [rank, columns], or
 // its transpose.
 at::Tensor reduce_partials(const at::Tensor& partials, int64_t rank, int64_t columns, float factor,
@@ -143,7 +155,7 @@ at::Tensor dequantize(const QuantWeight& weight, at::ScalarType dtype,
                       const std::optional<at::Tensor>& out_given) {
   const Weight& w = weight.weight;
   const Kernels& kernels = kernels_for(dtype_of(dtype));
-  at::Tensor out = out_given.has_value() ? *out_given : at::empty({w.n, w.k}, dtype);
+  at::Tensor out = out_given.has_value() ? *out_given : new_matrix(w.n, w.k, dtype);
   TORCH_CHECK(out.is_contiguous() && out.scalar_type() == dtype && out.numel() == w.n * w.k,
               "dequantize (cpu): out is ", out.scalar_type(), " ", out.sizes(),
               "; accepted: contiguous ", dtype, " of ", w.n * w.k, " elements");

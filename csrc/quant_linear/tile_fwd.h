@@ -300,12 +300,13 @@ inline void store_result(const FwdParams& p, const float* c, int64_t n0, int64_t
 // waits for no store. The two buffers of 2 KB never share the low twelve bits of an address: a load
 // that does with an earlier store would wait for it.
 template <bool kTwoRows, bool kTwoColumns>
-inline void stream_strip(const TileShared& shared, const WeightRows& rows, int64_t ahead,
-                         bf16* buffer) {
+inline void stream_strip(const TileShared& shared, const WeightRows& rows, bf16* buffer) {
   constexpr int64_t kHalves = kTwoRows ? 2 : 1;
   const int64_t stride = shared.width * 4, count = kHalves * shared.groups;
+  const uint8_t* next = rows.next_strip();
   const auto decode_half = [&](int64_t i) {
-    rows.tiles(i % kHalves, i / kHalves, buffer + i % 2 * 2 * kTile, kTile, ahead);
+    rows.tiles(i % kHalves, i / kHalves, buffer + i % 2 * 2 * kTile, kTile, next);
+    next += 16 * rows.group_bytes();
   };
   decode_half(0);
   for (int64_t i = 0; i < count; ++i) {
@@ -337,12 +338,11 @@ inline void multiply_streamed(const FwdParams& p, const TileShared& shared, cons
                               WeightRows& rows, Span strips) {
   for (int64_t i = strips.begin; i < strips.end; ++i) {
     const int64_t n0 = i * kStrip;
-    const int64_t ahead = i + 1 < strips.end ? kStrip * rows.row_bytes() : 0;
     rows.begin(n0, 0, shared.groups, own.scales);
     with_shape(p.weight->n - n0, p.m, [&](auto two_rows, auto two_columns) {
       constexpr bool R = decltype(two_rows)::value, C = decltype(two_columns)::value;
       zero_tiles<R, C>();
-      stream_strip<R, C>(shared, rows, ahead, own.w);
+      stream_strip<R, C>(shared, rows, own.w);
       finish_tile<R, C>(p, shared, own, rows, i, 0, own.tile);
     });
     store_result(p, own.tile, n0, 0, false);
@@ -369,8 +369,8 @@ inline void multiply_blocked(const FwdParams& p, const TileShared& shared, const
             rows.begin(i * kStrip, g0, g1, own.scales);
             for (int64_t g = g0; g < g1; ++g) {
               bf16* to = w + ((i - i0) * steps + (g - g0) * kGroupSteps) * kStepTiles;
-              rows.tiles(0, g, to, kStepTiles, 0);
-              rows.tiles(1, g, to + kTile, kStepTiles, 0);
+              rows.tiles(0, g, to, kStepTiles, rows.next_strip());
+              rows.tiles(1, g, to + kTile, kStepTiles, rows.next_strip());
             }
           }
         }

@@ -194,18 +194,27 @@ class WeightRows {
     scale_ = scratch;
   }
 
-  // Rows [16 half, 16 half + 16) of group g as two tiles, `stride` elements apart. The codes
-  // `ahead` bytes further on are asked for.
-  void tiles(int64_t half, int64_t g, bf16* dst, int64_t stride, int64_t ahead) const {
+  // Codes of the strip after this one, to be asked for in the order of memory while this one is
+  // decoded: rows are read side by side, which no hardware prefetcher follows. This one's where
+  // there is none.
+  const uint8_t* next_strip() const {
+    return w_.codes + (n0_ + (n0_ + 2 * kStrip <= w_.n ? kStrip : 0)) * row_bytes_;
+  }
+  // Bytes of a row in a group.
+  int64_t group_bytes() const { return nibbles_ || w_.layout == Layout::kInt4 ? 32 : 64; }
+
+  // Rows [16 half, 16 half + 16) of group g as two tiles, `stride` elements apart. As many bytes as
+  // they read are asked for at `next`.
+  void tiles(int64_t half, int64_t g, bf16* dst, int64_t stride, const uint8_t* next) const {
     const int64_t first = 16 * half, rows = std::min<int64_t>(16, rows_ - first);
     if (!nibbles_) {
-      for (int64_t i = 0; i < rows; ++i) plain(first + i, g, dst + i * 32, stride, ahead);
+      for (int64_t i = 0; i < rows; ++i) plain(first + i, g, dst + i * 32, stride, next + 64 * i);
     } else if (unit_ == 64) {
-      w_.layout == Layout::kInt4 ? look_up<true, false>(first, rows, g, dst, stride, ahead)
-                                 : look_up<false, false>(first, rows, g, dst, stride, ahead);
+      w_.layout == Layout::kInt4 ? look_up<true, false>(first, rows, g, dst, stride, next)
+                                 : look_up<false, false>(first, rows, g, dst, stride, next);
     } else {
-      w_.layout == Layout::kInt4 ? look_up<true, true>(first, rows, g, dst, stride, ahead)
-                                 : look_up<false, true>(first, rows, g, dst, stride, ahead);
+      w_.layout == Layout::kInt4 ? look_up<true, true>(first, rows, g, dst, stride, next)
+                                 : look_up<false, true>(first, rows, g, dst, stride, next);
     }
     for (int64_t i = std::max<int64_t>(rows, 0); i < 16; ++i) {
       _mm512_store_si512(dst + i * 32, _mm512_setzero_si512());
@@ -225,7 +234,7 @@ class WeightRows {
   // kTwo: two scales in a group, 8 words each.
   template <bool kZeros, bool kTwo>
   void look_up(int64_t first, int64_t rows, int64_t g, bf16* dst, int64_t stride,
-               int64_t ahead) const {
+               const uint8_t* next) const {
     const __m512 codebook =
         kZeros ? _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
                : _mm512_loadu_ps(w_.table);
@@ -236,12 +245,12 @@ class WeightRows {
     const __m512i shift23 = _mm512_add_epi16(shift01, _mm512_set1_epi16(8));
     const int64_t unit = kTwo ? 2 * g : g;
     const int64_t at = first * ld_ + unit / per_ - first_;
-    const int64_t next = kTwo ? (unit + 1) / per_ - unit / per_ : 0;
+    const int64_t second = kTwo ? (unit + 1) / per_ - unit / per_ : 0;
     alignas(64) uint16_t tables[kTwo ? 16 : 8][32];
     if constexpr (kTwo) {
       for (int64_t i = 0; i < rows; ++i) {
         const __m512 low = values<kZeros>(codebook, at + i * ld_);
-        const __m512 high = values<kZeros>(codebook, at + i * ld_ + next);
+        const __m512 high = values<kZeros>(codebook, at + i * ld_ + second);
         _mm512_store_si512(tables[i], as_int(_mm512_cvtne2ps_pbh(high, low)));
       }
     } else {
@@ -263,7 +272,7 @@ class WeightRows {
       const __m512i codes = _mm512_broadcast_i64x4(
           left >= 32 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row))
                      : _mm256_maskz_loadu_epi8(valid, row));
-      _mm_prefetch(reinterpret_cast<const char*>(row) + ahead, _MM_HINT_T1);
+      if (i % 2 == 0) _mm_prefetch(next + i * 32, _MM_HINT_T1);
       __m512i even = _mm512_srlv_epi16(codes, shift01), odd = _mm512_srlv_epi16(codes, shift23);
       __m512i table;
       if constexpr (kTwo) {
@@ -284,14 +293,14 @@ class WeightRows {
   }
 
   // Any layout, columns in natural order.
-  void plain(int64_t i, int64_t g, bf16* dst, int64_t stride, int64_t ahead) const {
+  void plain(int64_t i, int64_t g, bf16* dst, int64_t stride, const uint8_t* next) const {
     const int64_t k0 = g * kGroup, count = std::min(kGroup, w_.k - k0);
     if (w_.layout == Layout::kInt8 && count == kGroup) {
       const auto* q = reinterpret_cast<const __m128i*>(w_.codes + (n0_ + i) * w_.k + k0);
       const auto wide = [](const __m128i* p) {
         return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p)));
       };
-      _mm_prefetch(reinterpret_cast<const char*>(q) + ahead, _MM_HINT_T1);
+      _mm_prefetch(next, _MM_HINT_T1);
       _mm512_store_si512(dst, as_int(_mm512_cvtne2ps_pbh(wide(q + 1), wide(q))));
       _mm512_store_si512(dst + stride, as_int(_mm512_cvtne2ps_pbh(wide(q + 3), wide(q + 2))));
       return;
