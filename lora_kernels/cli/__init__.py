@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from lora_kernels._version import __version__
 from lora_kernels.cli import (
@@ -34,6 +37,27 @@ _COMMANDS = (
 )
 
 
+class _TerminatedError(BaseException):
+    """SIGTERM, as an exception that no handler of errors stops."""
+
+
+@contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """Inside, SIGTERM ends the block as Ctrl-C does, so that half-written output is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(number: int, frame: object) -> None:
+        raise _TerminatedError
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
@@ -42,12 +66,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0, 1 where `env` finds something broken, 2 after an error that the message explains, 75
-        after SIGTERM or Ctrl-C stopped a training that left a checkpoint to resume, 130 after any
-        other interrupt.
+        after SIGTERM or Ctrl-C stopped a training that left a checkpoint to resume, 130 and 143
+        after any other Ctrl-C and SIGTERM.
     """
     arguments = _parser().parse_args(argv)
     try:
-        return int(arguments.run(arguments))
+        with _sigterm_unwinds():
+            return int(arguments.run(arguments))
+    except _TerminatedError:
+        print("lora-kernels: terminated", file=sys.stderr)
+        return 143
     except TrainingInterruptedError as e:
         print(f"lora-kernels: {e}", file=sys.stderr)
         return INTERRUPTED

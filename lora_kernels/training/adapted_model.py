@@ -95,11 +95,13 @@ def base_path(reference: str) -> str:
     Raises:
         ConfigError: it can only be a path, and nothing is there.
     """
+    from lora_kernels.training.gguf_folder import model_folder
+
     path = model_path("base", reference)
     looks_like_a_path = path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path
     if looks_like_a_path and not Path(path).expanduser().exists():
         raise ConfigError(f"base={reference!r}: no such folder or file")
-    return path
+    return model_folder(path)
 
 
 def load_base(path: str, auto_class: str, dtype: str | None, options: dict[str, Any]) -> Any:
@@ -114,17 +116,13 @@ def load_base(path: str, auto_class: str, dtype: str | None, options: dict[str, 
     """
     import transformers
 
-    where: dict[str, Any] = {}
-    file = Path(path)
-    if file.suffix == ".gguf":
-        path, where = str(file.parent), {"gguf_file": file.name}
     try:
         if not auto_class:
-            config = transformers.AutoConfig.from_pretrained(path, **where)
+            config = transformers.AutoConfig.from_pretrained(path)
             names = config.architectures or []
             auto_class = next((n for n in names if hasattr(transformers, n)), "AutoModel")
         return getattr(transformers, auto_class).from_pretrained(
-            path, dtype=getattr(torch, dtype) if dtype else "auto", **options, **where
+            path, dtype=getattr(torch, dtype) if dtype else "auto", **options
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e:
         lines = [line.strip() for line in str(e).splitlines() if line.strip()]
@@ -133,19 +131,15 @@ def load_base(path: str, auto_class: str, dtype: str | None, options: dict[str, 
 
 
 def load_tokenizer(path: str) -> Any:
-    """The tokenizer at `path`, a folder, a .gguf file or a name on the hub.
+    """The tokenizer at `path`, a folder or a name on the hub.
 
     Raises:
         ConfigError: there is none.
     """
     import transformers
 
-    where: dict[str, Any] = {}
-    file = Path(path)
-    if file.suffix == ".gguf":
-        path, where = str(file.parent), {"gguf_file": file.name}
     try:
-        return transformers.AutoTokenizer.from_pretrained(path, **where)
+        return transformers.AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, ImportError) as e:
         first = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise ConfigError(f"base={path!r}: no tokenizer can be loaded: {first}") from None

@@ -99,12 +99,6 @@ def _changed_weights(model: Any) -> list[str]:
 def _write_model(output: Path, model: Any, base: str) -> None:
     from lora_kernels.training.atomic import staged_folder
 
-    # A GGUF base leaves the mark of its quantization on the dequantized model.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.is_quantized = False
-    if hasattr(model, "hf_quantizer"):
-        model.hf_quantizer = None
     with staged_folder(output) as stage, torch.no_grad():
         model.save_pretrained(str(stage))
         try:

@@ -1,0 +1,83 @@
+"""SIGTERM and Ctrl-C end the command with a code of their own and leave nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lora_kernels.cli import main
+from lora_kernels.errors import TrainingInterruptedError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("which", "code", "word"),
+    [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")],
+)
+def test_signal_outside_of_a_training(monkeypatch, capsys, tmp_path, which, code, word):
+    from lora_kernels.cli import env_command
+    from lora_kernels.training.atomic import staged_folder
+
+    def run(arguments):
+        with staged_folder(tmp_path / "out") as stage:
+            (stage / "half").write_text("x")
+            os.kill(os.getpid(), which)
+            time.sleep(5)
+        return 0
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(env_command, "run", run)
+    assert main(["env"]) == code
+    assert word in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_stopped_training_has_a_code_of_its_own(monkeypatch, capsys):
+    from lora_kernels.cli import env_command
+
+    def run(arguments):
+        raise TrainingInterruptedError("stopped by SIGTERM after step 3 of 9; checkpoint c")
+
+    monkeypatch.setattr(env_command, "run", run)
+    assert main(["env"]) == 75
+    assert capsys.readouterr().err == (
+        "lora-kernels: stopped by SIGTERM after step 3 of 9; checkpoint c\n"
+    )
+
+
+@pytest.mark.slow
+def test_train_command_stops_and_resumes(tmp_path):
+    yaml = pytest.importorskip("yaml")
+    pytest.importorskip("peft")
+    from tiny_bert import make_texts, tiny_config, write_csv, write_model
+
+    model = write_model(tmp_path / "model")
+    data = write_csv(tmp_path / "texts.csv", make_texts(40))
+    config = tiny_config(model, data, tmp_path / "run", max_steps=4000, save_steps=50)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    words = [sys.executable, "-m", "lora_kernels", "train", str(tmp_path / "c.yaml"), "--quiet"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    home = tmp_path / "run.checkpoints"
+    process = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
+    for _ in range(1200):
+        if list(home.glob("checkpoint-*/complete.json")) or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 75, error
+    assert "stopped by SIGTERM after step" in error and not (tmp_path / "run").exists()
+    step = max(int(p.name.rpartition("-")[2]) for p in home.glob("checkpoint-*"))
+    done = subprocess.run(
+        [*words, "resume=auto", f"train.max_steps={step + 3}"],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and "max_steps" in done.stderr
