@@ -1,9 +1,5 @@
 // The host entry of lora_linear on CPU tensors, its kernels in the emulator: library
 // lora_kernels_emulated. The Hopper GEMM is not there.
-#include "common/emulator/runtime.h"
-
-constexpr cudaError_t cudaErrorNotSupported = static_cast<cudaError_t>(801);
-
 #include "lora_linear/cuda/lora_linear_cuda.cpp"
 
 namespace lora_kernels::lora_linear::cuda {

@@ -98,8 +98,7 @@ void run_gemm(const GemmParams& p, const std::string& name, const Place& place) 
   require(check(p));
   if (name == "auto") {
     if (place.hopper && check_sm90(p) == nullptr) {
-      const cudaError_t error = launch_gemm_sm90(p, Sm90Config::kChoose, place.stream);
-      if (error != cudaErrorNotSupported) return check_launch(error, "gemm_sm90");
+      return check_launch(launch_gemm_sm90(p, Sm90Config::kChoose, place.stream), "gemm_sm90");
     }
     return check_launch(launch_gemm_sm80(p, place.stream), "gemm_sm80");
   }
