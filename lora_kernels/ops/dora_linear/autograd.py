@@ -5,43 +5,13 @@ Saved: x, S [M, r], the norms, the parameters and the seed; P [M, N] too where t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_kernels.ops._differentiable_once import differentiable_once
 from lora_kernels.ops.dora_linear import contract
-
-Backward = Callable[..., "tuple[Tensor | None, ...]"]
-
-
-class _RefuseSecondDerivative(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        raise NotImplementedError(
-            "dora_linear: second derivatives are not implemented; leave out create_graph=True"
-        )
-
-
-def _differentiable_once(backward: Backward) -> Backward:
-    """With create_graph, gradients that raise when they are differentiated."""
-
-    def first_only(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
-            outputs = backward(ctx, *grads)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return outputs
-        return tuple(
-            None if t is None else _RefuseSecondDerivative.apply(t.requires_grad_())
-            for t in outputs
-        )
-
-    return first_only
 
 
 class DoraLinearFunction(torch.autograd.Function):
@@ -63,7 +33,7 @@ class DoraLinearFunction(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
-    @_differentiable_once
+    @differentiable_once("dora_linear", "write the adapted weight out")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_a, lora_b, magnitude, p, s, norm, seed = ctx.saved_tensors
         needs = ctx.needs_input_grad
