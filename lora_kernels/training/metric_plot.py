@@ -11,7 +11,7 @@ def draw_metrics(path: Path, report: dict[str, Any]) -> None:
     curves = {
         name: [(step, value) for step, value in points if value is not None]
         for name, points in report["curves"].items()
-        if name not in ("tokens", "f1_macro" if "f1" in report["curves"] else "")
+        if name != "f1_macro" or report["task"] != "classification"  # there it is f1 once more
     }
     curves = {name: points for name, points in curves.items() if points}
     if not curves:

@@ -47,11 +47,7 @@ class CausalLM(Task):
 
     name: ClassVar[str] = "causal-lm"
     usual_metric: ClassVar[str] = "perplexity"
-    metrics: ClassVar[dict[str, bool]] = {
-        "perplexity": False,
-        "token_accuracy": True,
-        "tokens": True,
-    }
+    metrics: ClassVar[dict[str, bool]] = {"perplexity": False, "token_accuracy": True}
     peft_task: ClassVar[str | None] = "CAUSAL_LM"
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     language_model: ClassVar[bool] = True

@@ -32,11 +32,7 @@ class MaskedLM(Task):
 
     name: ClassVar[str] = "masked-lm"
     usual_metric: ClassVar[str] = "perplexity"
-    metrics: ClassVar[dict[str, bool]] = {
-        "perplexity": False,
-        "token_accuracy": True,
-        "tokens": True,
-    }
+    metrics: ClassVar[dict[str, bool]] = {"perplexity": False, "token_accuracy": True}
     auto_class: ClassVar[str] = "AutoModelForMaskedLM"
     language_model: ClassVar[bool] = True
 
