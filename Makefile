@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 # gpu-check builds nothing: the Python that was asked for, else that of .venv where there is one.
 GPU_PYTHON = $(if $(filter command% environment%,$(origin PYTHON)),$(PYTHON),$(firstword $(wildcard $(BIN)/python) $(PYTHON)))
 STAMPS := $(VENV)/stamps
-NATIVE := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+NATIVE := setup.py pyproject.toml tools/build_cuda.py $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: help setup demo test test-all lint format bench gpu-check tune peft-suite clean
 
@@ -86,3 +86,4 @@ peft-suite: setup
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find lora_kernels -name '*.so' -delete
+	rm -f lora_kernels/_cuda_skipped.txt
