@@ -22,6 +22,4 @@ def tensor_maps(compiled: Any) -> int:
         made = driver.make_launcher(constants, signature, maps)
         return made.count("= getTmaDesc(")
     expanded = driver.expand_signature(signature.values(), maps, "nvTmaDesc")
-    driver.make_kernel_signature(expanded)
-    driver.annotate_arguments(expanded)
     return str(expanded).count("nvTmaDesc")

@@ -181,7 +181,7 @@ def test_every_tile_that_the_predicate_lets_pass(compile_case, name, tile, dtype
 def test_a_tile_that_is_too_large_is_noticed(compile_case):
     """Negative controls of both gates: the predicate says no, and the compiler's output agrees."""
     target = configs.target("sm_80", 108)
-    deep = configs.Gemm(128, 128, 64, 8, 6)
+    deep = configs.Gemm(128, 128, 64, 8, 9)
     assert "shared memory" in configs.invalid(deep, target, 2, 16)
     thin = configs.Gemm(128, 256, 32, 4, 3)
     assert "does not fit 4 warps" in configs.invalid(thin, target, 2, 16)

@@ -294,8 +294,10 @@ def _splits(blocks: int, steps: int, most: int, where: Target) -> int:
     return max(1, min(wanted, steps // 4, most))
 
 
-def shrink(M: int, K: int, total: int, itemsize: int, where: Target, dropout: bool) -> Rows:
-    """`total`: padded ranks of the members of the launch, together."""
+def shrink(
+    M: int, K: int, total: int, itemsize: int, where: Target, dropout: bool, vectors: bool = True
+) -> Rows:
+    """`total`: padded ranks of the members of the launch, together; `vectors` as in `invalid`."""
     if "shrink" in _forced:
         return _forced["shrink"]
     found = tuned_tiles.lookup(
@@ -311,7 +313,7 @@ def shrink(M: int, K: int, total: int, itemsize: int, where: Target, dropout: bo
         whole = 128 if total <= 128 else 32
         step = whole if dropout else _step((128, 64, 32), (held + total) * itemsize, where, 4)
         # Draws of several members and unaligned rows take registers: spread over more threads.
-        warps = 8 if total > (16 if dropout else 64) else 4
+        warps = 8 if total > (64 if vectors and not dropout else 16) else 4
     # Partial sums may cost a quarter of the pass over X.
     splits = _splits(-(-M // held), -(-K // step), max(1, K // (16 * total)), where)
     return Rows(held, step, splits, warps, _stages(step * (held + total) * itemsize, where, 4))

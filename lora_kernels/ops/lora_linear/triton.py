@@ -214,7 +214,7 @@ def _shrink(x: Tensor, lora_as: list[Tensor], drop: _Dropout) -> Tensor:
     most = configs.shrink_width(x.dtype.itemsize, drop.on, vectors)
     launches = configs.members_per_launch(ranks, most)
     widths = [(j - i) * configs.padded_rank(max(ranks[i:j])) for i, j in launches]
-    c = configs.shrink(m, k, max(widths), x.dtype.itemsize, where, drop.on)
+    c = configs.shrink(m, k, max(widths), x.dtype.itemsize, where, drop.on, vectors)
     blocks = -(-k // c.step)
     per_split = max(1, -(-blocks // c.splits))
     splits = max(1, -(-blocks // per_split))
