@@ -20,6 +20,7 @@ budget, and those of the peers to twice our error against the unquantized weight
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import sys
 from collections.abc import Callable
@@ -107,7 +108,8 @@ def peers(w: Tensor, x: Tensor) -> dict[str, tuple[Work, int, str]]:
             layer = torch.nn.Linear(k, n, bias=False, dtype=DTYPE)
             layer.weight.data = w.to(DTYPE)
             quantize_(layer, config)
-            found[name] = (lambda layer=layer: layer(x), weight_bytes, like)
+            copies = [layer, *(copy.deepcopy(layer) for _ in range(COPIES - 1))]
+            found[name] = (in_turns(lambda c: c(x), copies), weight_bytes, like)
     except (ImportError, RuntimeError, ValueError) as error:
         print(f"torchao: {str(error).splitlines()[0]}", file=sys.stderr)
     return found

@@ -314,21 +314,30 @@ inline void stream_strip(const TileShared& shared, const WeightRows& rows, bf16*
     const bf16* left = buffer + i % 2 * 2 * kTile;
     const bf16* right = shared.x + i / kHalves * kGroupSteps * kStepTiles;
     const bool upper = kTwoRows && i % 2 == 1;
-    for (int64_t s = 0; s < kGroupSteps; ++s, right += kStepTiles) {
-      _tile_loadd(4, left + s * kTile, 64);
-      _tile_loadd(6, right, stride);
-      if (upper) {
-        _tile_dpbf16ps(2, 4, 6);
-      } else {
-        _tile_dpbf16ps(0, 4, 6);
-      }
-      if constexpr (kTwoColumns) {
+    _tile_loadd(4, left, 64);
+    if constexpr (kTwoColumns) {
+      for (int64_t s = 0; s < kGroupSteps; ++s, right += kStepTiles) {
+        if (s > 0) _tile_loadd(4, left + s * kTile, 64);
+        _tile_loadd(6, right, stride);
         _tile_loadd(7, right + kTile, stride);
         if (upper) {
+          _tile_dpbf16ps(2, 4, 6);
           _tile_dpbf16ps(3, 4, 7);
         } else {
+          _tile_dpbf16ps(0, 4, 6);
           _tile_dpbf16ps(1, 4, 7);
         }
+      }
+    } else {
+      _tile_loadd(5, left + kTile, 64);
+      if (upper) {
+        _tile_dpbf16ps(2, 4, 6);
+        _tile_dpbf16ps(2, 5, 7);
+      } else {
+        _tile_loadd(6, right, stride);  // both steps of X serve both halves of the strip
+        _tile_loadd(7, right + kStepTiles, stride);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(0, 5, 7);
       }
     }
   }

@@ -12,6 +12,9 @@
 // Right strip (32 rows): per step up to two tiles of [column pair][row][parity], `width` rows each.
 #pragma once
 
+// GCC 12 takes the undefined operand of its own intrinsics for a variable that is not set.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+
 #include <immintrin.h>
 
 #include "decode.h"
@@ -210,11 +213,17 @@ class WeightRows {
     if (!nibbles_) {
       for (int64_t i = 0; i < rows; ++i) plain(first + i, g, dst + i * 32, stride, next + 64 * i);
     } else if (unit_ == 64) {
-      w_.layout == Layout::kInt4 ? look_up<true, false>(first, rows, g, dst, stride, next)
-                                 : look_up<false, false>(first, rows, g, dst, stride, next);
+      const bool whole = rows == 16 && (g + 1) * 32 <= row_bytes_;
+      if (w_.layout == Layout::kInt4) {
+        whole ? look_up<true, false, true>(first, 16, g, dst, stride, next)
+              : look_up<true, false, false>(first, rows, g, dst, stride, next);
+      } else {
+        whole ? look_up<false, false, true>(first, 16, g, dst, stride, next)
+              : look_up<false, false, false>(first, rows, g, dst, stride, next);
+      }
     } else {
-      w_.layout == Layout::kInt4 ? look_up<true, true>(first, rows, g, dst, stride, next)
-                                 : look_up<false, true>(first, rows, g, dst, stride, next);
+      w_.layout == Layout::kInt4 ? look_up<true, true, false>(first, rows, g, dst, stride, next)
+                                 : look_up<false, true, false>(first, rows, g, dst, stride, next);
     }
     for (int64_t i = std::max<int64_t>(rows, 0); i < 16; ++i) {
       _mm512_store_si512(dst + i * 32, _mm512_setzero_si512());
@@ -231,9 +240,9 @@ class WeightRows {
     return _mm512_mul_ps(_mm512_sub_ps(codebook, _mm512_set1_ps(zero_[at])), scale);
   }
 
-  // kTwo: two scales in a group, 8 words each.
-  template <bool kZeros, bool kTwo>
-  void look_up(int64_t first, int64_t rows, int64_t g, bf16* dst, int64_t stride,
+  // kTwo: two scales in a group, 8 words each. kWhole: 16 rows of 32 bytes.
+  template <bool kZeros, bool kTwo, bool kWhole>
+  void look_up(int64_t first, int64_t given_rows, int64_t g, bf16* dst, int64_t stride,
                const uint8_t* next) const {
     const __m512 codebook =
         kZeros ? _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
@@ -246,35 +255,16 @@ class WeightRows {
     const int64_t unit = kTwo ? 2 * g : g;
     const int64_t at = first * ld_ + unit / per_ - first_;
     const int64_t second = kTwo ? (unit + 1) / per_ - unit / per_ : 0;
-    alignas(64) uint16_t tables[kTwo ? 16 : 8][32];
-    if constexpr (kTwo) {
-      for (int64_t i = 0; i < rows; ++i) {
-        const __m512 low = values<kZeros>(codebook, at + i * ld_);
-        const __m512 high = values<kZeros>(codebook, at + i * ld_ + second);
-        _mm512_store_si512(tables[i], as_int(_mm512_cvtne2ps_pbh(high, low)));
-      }
-    } else {
-      int64_t i = 0;
-      for (; i + 2 <= rows; i += 2) {
-        const __m512 low = values<kZeros>(codebook, at + i * ld_);
-        const __m512 high = values<kZeros>(codebook, at + (i + 1) * ld_);
-        _mm512_store_si512(tables[i / 2], as_int(_mm512_cvtne2ps_pbh(high, low)));
-      }
-      if (i < rows) {
-        const __m512 low = values<kZeros>(codebook, at + i * ld_);
-        _mm512_store_si512(tables[i / 2], as_int(_mm512_cvtne2ps_pbh(low, low)));
-      }
-    }
+    const int64_t rows = kWhole ? 16 : given_rows;
     const uint8_t* row = w_.codes + (n0_ + first) * row_bytes_ + g * 32;
-    const int64_t left = row_bytes_ - g * 32;
+    const int64_t left = kWhole ? 32 : row_bytes_ - g * 32;
     const __mmask32 valid = left >= 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1u;
-    for (int64_t i = 0; i < rows; ++i, row += row_bytes_, dst += 32) {
+    const auto steps = [&](int64_t i, __m512i table) {
+      const uint8_t* from = row + i * row_bytes_;
       const __m512i codes = _mm512_broadcast_i64x4(
-          left >= 32 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row))
-                     : _mm256_maskz_loadu_epi8(valid, row));
-      if (i % 2 == 0) _mm_prefetch(next + i * 32, _MM_HINT_T1);
+          left >= 32 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
+                     : _mm256_maskz_loadu_epi8(valid, from));
       __m512i even = _mm512_srlv_epi16(codes, shift01), odd = _mm512_srlv_epi16(codes, shift23);
-      __m512i table;
       if constexpr (kTwo) {
         constexpr int kAndOr = 0xea;  // (a & b) | c
         const __m512i nibble = _mm512_set1_epi16(15);
@@ -282,13 +272,28 @@ class WeightRows {
             _mm256_inserti128_si256(_mm256_setzero_si256(), _mm_set1_epi16(16), 1));
         even = _mm512_ternarylogic_epi32(even, nibble, half, kAndOr);
         odd = _mm512_ternarylogic_epi32(odd, nibble, half, kAndOr);
-        table = _mm512_load_si512(tables[i]);
-      } else {
-        table = _mm512_broadcast_i64x4(_mm256_load_si256(
-            reinterpret_cast<const __m256i*>(&tables[0][0] + 16 * i)));  // bit 4 does not matter
       }
-      _mm512_store_si512(dst, _mm512_permutexvar_epi16(even, table));
-      _mm512_store_si512(dst + stride, _mm512_permutexvar_epi16(odd, table));
+      _mm512_store_si512(dst + i * 32, _mm512_permutexvar_epi16(even, table));
+      _mm512_store_si512(dst + stride + i * 32, _mm512_permutexvar_epi16(odd, table));
+    };
+    // A pair of tables comes from one conversion: of two blocks, or of two rows, whose halves are
+    // then doubled, since bit 4 of an index is a bit of the next nibble.
+    if constexpr (kTwo) {
+      for (int64_t i = 0; i < rows; ++i) {
+        const __m512 low = values<kZeros>(codebook, at + i * ld_);
+        const __m512 high = values<kZeros>(codebook, at + i * ld_ + second);
+        steps(i, as_int(_mm512_cvtne2ps_pbh(high, low)));
+      }
+    } else {
+      for (int64_t i = 0; i < rows; i += 2) {
+        const bool two = i + 1 < rows;
+        const __m512 low = values<kZeros>(codebook, at + i * ld_);
+        const __m512 high = two ? values<kZeros>(codebook, at + (i + 1) * ld_) : low;
+        const __m512i pair = as_int(_mm512_cvtne2ps_pbh(high, low));
+        _mm_prefetch(next + i * 32, _MM_HINT_T1);
+        steps(i, _mm512_shuffle_i64x2(pair, pair, 0x44));
+        if (two) steps(i + 1, _mm512_shuffle_i64x2(pair, pair, 0xee));
+      }
     }
   }
 
