@@ -26,7 +26,10 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).resolve().parents[2]
-CASES = ("one", "one-fp32", "ddp", "fsdp2", "fsdp-dropped", "finetune-one", "finetune-ddp")
+CASES = (
+    "one", "one-fp32", "ddp", "ddp-resumed", "fsdp2", "fsdp2-resumed", "fsdp2-sharded",
+    "fsdp2-sharded-resumed", "fsdp-dropped", "finetune-one", "finetune-ddp",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +88,20 @@ def test_checkpoints_are_whole(folder, case):
     for name, t in got["adapter"].items():
         key = name.replace("module.", "").replace(".default", "")
         assert torch.equal(saved[key], t), name
+
+
+def test_sharded_checkpoint_holds_a_part_of_each_process(folder):
+    place = folder / "fsdp2-sharded" / "checkpoint-2"
+    assert flaw(place) == ""
+    assert len(list((place / "pytorch_model_fsdp_0").glob("*.distcp"))) == 2
+
+
+@pytest.mark.parametrize("case", ["ddp", "fsdp2", "fsdp2-sharded"])
+def test_resumed_run_ends_with_the_same_bits(folder, case):
+    whole, resumed = result(folder, case), result(folder, f"{case}-resumed")
+    assert whole["losses"] == resumed["losses"]
+    for name, t in whole["adapter"].items():
+        assert torch.equal(t, resumed["adapter"][name]), name
 
 
 def test_sharding_that_would_be_dropped_is_refused(folder):

@@ -50,25 +50,28 @@ def train(folder, case, world, dtype):
 
     transformers.set_seed(11)
     options = {}
-    if case in ("fsdp2", "fsdp-dropped"):
+    home, resumed = folder / case.replace("-resumed", ""), None
+    if case.endswith("-resumed"):
+        resumed = str(home / "checkpoint-2")
+    if case.startswith("fsdp"):
         options = {
             "fsdp": True,
             "fsdp_config": {
                 "version": 2,
                 "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
-                "state_dict_type": "FULL_STATE_DICT",
+                "state_dict_type": "SHARDED_STATE_DICT" if "sharded" in case else "FULL_STATE_DICT",
             },
         }
     args = transformers.TrainingArguments(
-        output_dir=str(folder / case), max_steps=STEPS, seed=11, use_cpu=True,
+        output_dir=str(home), max_steps=STEPS, seed=11, use_cpu=True,
         per_device_train_batch_size=BATCH // world, learning_rate=1e-2, logging_steps=1,
         save_strategy="steps", save_steps=2, report_to="none", disable_tqdm=True, **options,
     )  # fmt: skip
-    if case == "fsdp2":
+    if case.startswith("fsdp2"):
         admit_fsdp_on_cpu()
     trainer = LoRATrainer(model=build(dtype), args=args, train_dataset=rows())
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resumed)
     losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]
     model = trainer.accelerator.unwrap_model(trainer.model)
     adapter = {}
@@ -130,7 +133,7 @@ def free_port():
 
 
 def run_case(folder, case):
-    world = 2 if case.endswith(("ddp", "fsdp2", "dropped")) else 1
+    world = 1 if case in ("one", "one-fp32", "finetune-one") else 2
     dtype = torch.float32 if case == "one-fp32" else torch.float64
     port, children = free_port(), []
     for rank in range(world):
