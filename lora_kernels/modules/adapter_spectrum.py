@@ -13,6 +13,7 @@ fp64. Convolutions count as the matrix [out, in * kernel], embeddings as [dim, e
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -79,10 +80,31 @@ def layer_spectrum(
     return LayerSpectrum(layer, a.shape[0], scaling, sigma.tolist(), effective, at_90, norm, share)
 
 
+_OF_LSTM = re.compile(r"^(.*)\.lora_A\.((?:ih|hh)_l\d+(?:_reverse)?)\.weight$")
+_LSTM_LAYER = re.compile(r"^(.*)\.((?:ih|hh)_l\d+(?:_reverse)?)$")
+
+
+def module_of(layer: str) -> str:
+    """The module that `layer` is; for a weight of an LSTM (``lstm.ih_l0``) the LSTM."""
+    found = _LSTM_LAYER.match(layer)
+    return found.group(1) if found else layer
+
+
+def weight_of(layer: str) -> str:
+    """The name of the weight that the layer's update is for."""
+    found = _LSTM_LAYER.match(layer)
+    return f"{found.group(1)}.weight_{found.group(2)}" if found else f"{layer}.weight"
+
+
 def pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """layer -> (A, B) of every adapted layer among `tensors`, under PEFT's names."""
     found = {}
     for key, a in tensors.items():
+        lstm = _OF_LSTM.match(key)
+        if lstm:
+            b = tensors.get(key.replace(".lora_A.", ".lora_B."))
+            if b is not None:
+                found[f"{lstm.group(1)}.{lstm.group(2)}".removeprefix(PREFIX)] = (a, b)
         for mark_a, mark_b in _MARKS:
             if key.endswith(mark_a):
                 stem = key.removesuffix(mark_a)
@@ -98,12 +120,12 @@ def match_weights(layers: Iterable[str], names: Iterable[str]) -> dict[str, str]
     A file of the bare model lacks the prefix that the model with a head has (``bert.``, say), so
     a weight also matches when one of the two names ends with the other.
     """
-    wanted = {f"{layer}.weight": layer for layer in layers}
+    wanted = {weight_of(layer): layer for layer in layers}
     found = {}
     for name in names:
         if name in wanted:
             found[name] = wanted[name]
-        elif name.endswith(".weight"):
+        elif ".weight" in name:
             for key, layer in wanted.items():
                 if key.endswith(f".{name}") or name.endswith(f".{key}"):
                     found[name] = layer

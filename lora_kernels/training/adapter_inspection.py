@@ -17,6 +17,7 @@ from lora_kernels.modules.adapter_spectrum import (
     LayerSpectrum,
     layer_spectrum,
     match_weights,
+    module_of,
     pairs,
 )
 from lora_kernels.training.references import model_path
@@ -82,7 +83,7 @@ def inspect_adapter(
     for layer, (a, b) in found.items():
         if not (a.isfinite().all() and b.isfinite().all()):
             raise AdapterFileError(f"{path}: layer {layer!r} holds NaN or infinity")
-        scaling = adapter.scaling_of(layer, a.shape[0])
+        scaling = adapter.scaling_of(module_of(layer), a.shape[0])
         layers.append(layer_spectrum(layer, a, b, scaling, norms.get(layer)))
     layers.sort(key=lambda s: _natural(s.layer))
     return Inspection(

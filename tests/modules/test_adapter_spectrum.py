@@ -10,6 +10,7 @@ import torch
 from lora_kernels.modules.adapter_spectrum import (
     layer_spectrum,
     match_weights,
+    module_of,
     pairs,
     singular_values,
 )
@@ -64,6 +65,20 @@ def test_convolutions_and_embeddings_count_as_matrices():
         "base_model.model.head.weight": torch.zeros(2, 2),
     }
     assert list(pairs(tensors)) == ["conv", "embed"]
+
+
+def test_weights_of_an_lstm_are_layers_of_their_own():
+    tensors = {
+        "base_model.model.lstm.lora_A.ih_l0.weight": torch.randn(2, 5),
+        "base_model.model.lstm.lora_B.ih_l0.weight": torch.randn(12, 2),
+        "base_model.model.lstm.lora_A.hh_l0_reverse.weight": torch.randn(2, 3),
+        "base_model.model.lstm.lora_B.hh_l0_reverse.weight": torch.randn(12, 2),
+    }
+    assert list(pairs(tensors)) == ["lstm.ih_l0", "lstm.hh_l0_reverse"]
+    assert module_of("lstm.hh_l0_reverse") == "lstm" and module_of("head") == "head"
+    assert match_weights(pairs(tensors), ["lstm.weight_ih_l0", "lstm.bias_ih_l0"]) == {
+        "lstm.weight_ih_l0": "lstm.ih_l0"
+    }
 
 
 def test_weights_are_matched_by_endings():
