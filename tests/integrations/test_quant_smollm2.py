@@ -17,6 +17,7 @@ pytest.importorskip("bitsandbytes")
 pytest.importorskip("gguf")
 pytest.importorskip("peft")
 
+import bitsandbytes
 import transformers
 from peft import PeftModel
 
@@ -103,8 +104,17 @@ def test_the_whole_way(dense, tmp_path):
     torch.save(ids, tmp_path / "prompt.pt")
     # bitsandbytes' fused CPU product computes in bf16 whatever is asked for, so its own weights in
     # dense layers are what can be compared token by token.
-    theirs = theirs.dequantize().eval()
-    expected = theirs.generate(ids, max_new_tokens=TOKENS, do_sample=False)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, module in theirs.named_modules():
+            if isinstance(module, bitsandbytes.nn.Linear4bit):
+                w = bitsandbytes.functional.dequantize_4bit(
+                    module.weight.data, module.weight.quant_state
+                )
+                plain.get_submodule(name).weight.copy_(w)
+    del theirs
+    expected = plain.generate(ids, max_new_tokens=TOKENS, do_sample=False)
+    del plain
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(WITHOUT_BITSANDBYTES), str(tmp_path), str(TOKENS)],
         capture_output=True, text=True, cwd=ROOT, timeout=900,
