@@ -85,13 +85,22 @@ class Generator:
         kernels: bool = True,
         dtype: str | None = None,
     ) -> None:
+        from lora_kernels.training.finetuning import SAVED
+        from lora_kernels.training.predictor import Predictor
         from lora_kernels.training.quiet import quiet_libraries
 
         folder = Path(source)
         inner = (folder, folder / "adapter")
         adapted = base is not None or any((f / "adapter_config.json").is_file() for f in inner)
+        of_run = base is None and dtype is None and any((f / SAVED).is_file() for f in inner)
+        self.autocast = False
         with quiet_libraries():
-            if adapted:
+            if of_run:
+                # Whatever the method of the run was: quantized, frozen in part, all weights.
+                run = Predictor(folder, kernels=kernels)
+                self.model, self.tokenizer, self.autocast = run.model, run.tokenizer, run.autocast
+                adapted = False
+            elif adapted:
                 found = adapter_source(folder, base)
                 self.tokenizer = load_tokenizer(base_path(found.base))
                 self.model = load_adapted(found, dtype)
@@ -99,9 +108,10 @@ class Generator:
                 path = base_path(str(source))
                 self.tokenizer = load_tokenizer(path)
                 self.model = load_base(path, "", dtype, {})
-        if not self.model.can_generate():
+        plain = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        if not plain.can_generate():
             raise ConfigError(
-                f"{source} is a {type(self.model).__name__}, which generates no text; "
+                f"{source} is a {type(plain).__name__}, which generates no text; "
                 "accepted: causal and sequence-to-sequence language models"
             )
         self.model.eval()
@@ -176,7 +186,11 @@ class Generator:
             try:
                 # Threads share the generator; it is put back below.
                 torch.manual_seed(sampling.seed)
-                with torch.inference_mode():
+                device = self.model.device.type
+                with (
+                    torch.inference_mode(),
+                    torch.autocast(device, torch.bfloat16, enabled=self.autocast),
+                ):
                     self.model.generate(**encoded, **options, streamer=streamer)
             except BaseException as e:
                 failure.append(e)

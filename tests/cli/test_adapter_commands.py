@@ -89,6 +89,32 @@ def test_generate_takes_file_stdin_and_chat(capsys, monkeypatch, tmp_path, base,
     assert chat.split() == greedy(base, adapter, "the mat cat", 5).split()
 
 
+@pytest.mark.parametrize("method", ["lora", "freeze"])
+def test_generate_from_a_run(capsys, tmp_path, base, method):
+    from lora_kernels.training import finetune
+
+    (tmp_path / "t.txt").write_text("the cat sat on the mat\n\n" * 30)
+    config = {
+        "task": "causal-lm", "method": method, "model": str(base), "precision": "fp32",
+        "output": str(tmp_path / "run"), "lora": {"r": 2, "alpha": 4},
+        "data": {"path": str(tmp_path / "t.txt"), "max_length": 16}, "train": {"max_steps": 2, "batch_size": 2},
+    }  # fmt: skip
+    finetune(config, quiet=True)
+    capsys.readouterr()
+    out = ran(capsys, "generate", tmp_path / "run", "the cat", "--max-new-tokens", 6)
+    assert 1 <= len(out.split()) <= 6
+
+
+def test_classifier_generates_nothing(capsys, tmp_path, base):
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(str(base), num_labels=2)
+    transformers.LlamaForSequenceClassification(config).save_pretrained(str(tmp_path))
+    transformers.AutoTokenizer.from_pretrained(str(base)).save_pretrained(str(tmp_path))
+    capsys.readouterr()
+    assert "generates no text" in refused(capsys, "generate", tmp_path, "the cat")
+
+
 def test_sampling_follows_the_seed(capsys, adapter):
     words = ("generate", adapter, "the cat", "--temperature", 1.5, "--max-new-tokens", 14)
     first = ran(capsys, *words, "--seed", 1)
