@@ -164,6 +164,23 @@ def test_gaps_of_the_test_are_the_same_every_time(given: Any) -> None:
     assert not torch.equal(first, second), "training draws new gaps in each epoch"
 
 
+def test_a_batch_without_a_gap_gets_one(given: Any) -> None:
+    """The mean loss over nothing is not a number; small last batches of an epoch run into it."""
+    from transformers import AutoTokenizer
+
+    from lora_kernels.training.tasks.masked_lm import MaskedLM
+
+    tokenizer = AutoTokenizer.from_pretrained(given("masked-lm")[0])
+    task = MaskedLM(splits={"train": ["anna ."], "test": ["anna ."] * 40}, probability=0.01)
+    collate, rows = task.collator(tokenizer), task.dataset("train", tokenizer)
+    for _ in range(50):
+        batch = collate(rows)
+        place = batch["labels"][0] != -100
+        assert place.sum() == 1 and not place[0] and not place[-1]
+        assert batch["labels"][0][place] == torch.tensor(rows[0]["input_ids"])[place]
+    assert all(any(x != -100 for x in row["labels"]) for row in task.dataset("test", tokenizer))
+
+
 def test_questions_see_where_the_question_ends(given: Any, tmp_path: Path) -> None:
     """token_type_ids reach BERT through the adapter's wrapper: it changes no logit at the start."""
     from transformers import AutoTokenizer

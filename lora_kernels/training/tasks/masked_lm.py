@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from lora_kernels.errors import ConfigError, DataError
 from lora_kernels.training.config import Config
+from lora_kernels.training.metrics.language import IGNORED
 from lora_kernels.training.tasks.base import Features, Task, saved_length
 from lora_kernels.training.tasks.language_rows import (
     CHAT,
@@ -96,15 +97,18 @@ class MaskedLM(Task):
         return self._with_gaps(rows, tokenizer)
 
     def _with_gaps(self, rows: Features, tokenizer: Any) -> Features:
-        """The gaps are drawn once, so that before and after are asked the same."""
+        """The gaps are drawn once, so that before and after are asked the same; one per row at
+        least."""
+        import torch
         from transformers import DataCollatorForLanguageModeling
 
         collate = DataCollatorForLanguageModeling(
             tokenizer, mlm_probability=self.probability, seed=self.seed
         )
+        generator = torch.Generator().manual_seed(self.seed)
         found = []
         for row in rows:
-            batch = collate([row])
+            batch = with_a_gap(collate([row]), [row], tokenizer, generator)
             found.append(
                 {
                     "input_ids": batch["input_ids"][0].tolist(),
@@ -121,7 +125,14 @@ class MaskedLM(Task):
 
         draw = DataCollatorForLanguageModeling(tokenizer, mlm_probability=self.probability)
         keep = LanguageBatches(tokenizer.pad_token_id)
-        return lambda rows: keep(rows) if "labels" in rows[0] else dict(draw(rows))
+
+        def collate(rows: Features) -> dict[str, Any]:
+            if "labels" in rows[0]:
+                return keep(rows)
+            # The collator takes its rows apart.
+            return with_a_gap(draw([dict(row) for row in rows]), rows, tokenizer, None)
+
+        return collate
 
     def reduce_logits(self) -> Callable[[Any, Any], Any]:
         from lora_kernels.training.metrics.language import masked_sums
@@ -170,3 +181,33 @@ class MaskedLM(Task):
             ", ".join(f"{guess['word']} {guess['probability']:.3f}" for guess in gap)
             for gap in answer["gaps"]
         )
+
+
+def with_a_gap(batch: Any, rows: Features, tokenizer: Any, generator: Any) -> dict[str, Any]:
+    """`batch` as it is, or with one gap where chance has drawn none: the mean loss over no gap is
+    not a number.
+
+    Args:
+        rows: what the batch was made of, in its order.
+        generator: of the place; None: torch's own.
+    """
+    import torch
+
+    labels = batch["labels"]
+    if bool((labels != IGNORED).any()):
+        return dict(batch)
+    places = [
+        (i, j)
+        for i, row in enumerate(rows)
+        for j, special in enumerate(
+            tokenizer.get_special_tokens_mask(row["input_ids"], already_has_special_tokens=True)
+        )
+        if not special
+    ]
+    if places:
+        i, j = places[int(torch.randint(len(places), (), generator=generator))]
+        if tokenizer.padding_side == "left":
+            j += labels.shape[1] - len(rows[i]["input_ids"])
+        labels[i, j] = batch["input_ids"][i, j]
+        batch["input_ids"][i, j] = tokenizer.mask_token_id
+    return dict(batch)
