@@ -97,7 +97,8 @@ def test_generate_from_a_run(capsys, tmp_path, base, method):
     config = {
         "task": "causal-lm", "method": method, "model": str(base), "precision": "fp32",
         "output": str(tmp_path / "run"), "lora": {"r": 2, "alpha": 4},
-        "data": {"path": str(tmp_path / "t.txt"), "max_length": 16}, "train": {"max_steps": 2, "batch_size": 2},
+        "data": {"path": str(tmp_path / "t.txt"), "max_length": 16},
+        "train": {"max_steps": 2, "batch_size": 2},
     }  # fmt: skip
     finetune(config, quiet=True)
     capsys.readouterr()
