@@ -12,10 +12,11 @@ from torch import Tensor
 from lora_kernels._backends import cpu as library_loader
 from lora_kernels.ops.quant_linear import reference
 from lora_kernels.ops.quant_linear.formats import QuantSpec
+from lora_kernels.ops.quant_linear.problem import QuantLinearProblem
 from lora_kernels.testing import BudgetExceededError, assert_within_budget
 
 library, reason = library_loader.load()
-if library is not None and not hasattr(library, "QuantWeight"):
+if library is not None and not hasattr(library, "quant_linear_bwd"):
     library, reason = None, "lora_kernels._C was built without quant_linear"
 pytestmark = pytest.mark.skipif(library is None, reason=reason)
 if library is not None:
@@ -257,6 +258,15 @@ def test_an_int4_copy_follows_its_weight():
     assert torch.equal(plain(x, parts, spec), 2.0 * first)
     del parts
     assert cpu.repacked_bytes() == 0
+
+
+def test_auto_leaves_many_rows_to_the_library_where_there_are_no_tiles(isa):
+    for m, few in ((0, True), (1, True), (16, True), (513, False)):
+        problem = QuantLinearProblem.from_shapes(M=m, K=64, N=64, dtype=torch.bfloat16)
+        able, why = cpu.preferred(problem)
+        assert cpu.supports(problem)[0]
+        assert able == (few or isa == "amx"), why
+        assert why and (able or "rows" in why)
 
 
 def test_bad_parts_raise(isa):

@@ -23,6 +23,9 @@ from lora_kernels.ops.quant_linear.formats import QuantSpec
 from lora_kernels.ops.quant_linear.problem import QuantLinearProblem
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Beyond these rows of x the library GEMM, behind dequantization, is faster than the fp32 vectors
+# (docs/measured_facts.md). The tile kernels have no such limit.
+_MOST_ROWS = {"avx512": 64, "avx2": 64, "baseline": 16}
 
 
 @dataclass
@@ -43,7 +46,7 @@ def supports(problem: QuantLinearProblem) -> tuple[bool, str]:
     module, reason = backend.load()
     if module is None:
         return False, reason
-    if not hasattr(module, "QuantWeight"):
+    if not hasattr(module, "quant_linear_bwd"):
         return False, "lora_kernels._C was built without quant_linear; rebuild it"
     if problem.dtype not in _DTYPES:
         return False, f"dtype {problem.dtype} is not supported; float32, bfloat16 and float16 are"
@@ -54,7 +57,19 @@ def supports(problem: QuantLinearProblem) -> tuple[bool, str]:
 
 def preferred(problem: QuantLinearProblem) -> tuple[bool, str]:
     """Is the library the choice of `auto`: it can run `problem` and does not lose to `aten`."""
-    return supports(problem)
+    able, why = supports(problem)
+    if not able:
+        return able, why
+    module, _ = backend.load()
+    assert module is not None
+    engine = module.quant_linear_engine(problem.dtype)
+    most = _MOST_ROWS.get(engine)
+    if most is not None and most < problem.M:
+        return False, (
+            f"the {engine} kernels do not beat dequantization and a library GEMM "
+            f"for more than {most} rows"
+        )
+    return True, why
 
 
 def repacked_bytes() -> int:
@@ -101,7 +116,7 @@ def _weight(parts: tuple[Tensor, ...], spec: QuantSpec) -> Any:
 def quantize(w: Tensor, spec: QuantSpec) -> tuple[Tensor, ...] | None:
     """The parts of `w`, the bytes that reference.py gives; None for a format without a kernel."""
     module, _ = backend.load()
-    if module is None or not hasattr(module, "QuantWeight"):
+    if module is None or not hasattr(module, "quant_linear_bwd"):
         return None
     if w.device.type != "cpu" or w.dtype not in _DTYPES or w.numel() == 0:
         return None
