@@ -76,7 +76,7 @@ def test_the_best_checkpoint_is_kept(pair: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "method",
-    ["lora", "qlora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("freeze", "full"))],
+    ["lora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("qlora", "freeze", "full"))],
 )
 def test_early_stopping_for_every_kind_of_method(pair: Any, tmp_path: Path, method: str) -> None:
     settings = config(

@@ -224,7 +224,10 @@ def test_new_modules_of_a_head_are_saved_with_the_adapter(given: Any, tmp_path: 
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("packing", ["documents", "stream", "none"])
+@pytest.mark.parametrize(
+    "packing",
+    ["stream", *(pytest.param(p, marks=pytest.mark.slow) for p in ("documents", "none"))],
+)
 def test_packing_changes_the_rows_and_not_the_texts(
     given: Any, tmp_path: Path, packing: str
 ) -> None:
