@@ -86,7 +86,10 @@ class DecoderShape:
         Raises:
             InvalidArgumentError: a key is missing, so the model is of another kind.
         """
-        get = config.get if isinstance(config, Mapping) else lambda key: getattr(config, key, None)
+
+        def get(key: str) -> Any:
+            return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
+
         keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
                 "vocab_size")  # fmt: skip
         missing = [key for key in keys if not get(key)]
