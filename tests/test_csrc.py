@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PROGRAMS = ("dtype", "philox", "engines", "gemm_sm90", "gemm_sm90_pipeline")
+PROGRAMS = ("dtype", "philox", "engines", "quant_linear", "gemm_sm90", "gemm_sm90_pipeline")
 
 
 @pytest.mark.slow
