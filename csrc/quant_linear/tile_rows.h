@@ -153,7 +153,6 @@ class WeightRows {
 
   // Are the columns of a group in the order of the nibbles.
   bool nibbles() const { return nibbles_; }
-  int64_t row_bytes() const { return row_bytes_; }
   int64_t scratch_floats() const { return w_.layout == Layout::kFlat ? kStrip * units_ : 0; }
 
   // Is the scale of a whole row left to the result; tiles then hold the codes, exactly.
