@@ -97,7 +97,7 @@ class DecoderShape:
             raise InvalidArgumentError(
                 f"the configuration has no {missing[0]}; accepted: decoders of the Llama kind"
             )
-        hidden, layers, heads, feed_forward, vocabulary = (int(get(key)) for key in keys)
+        hidden, layers, heads, feed_forward, vocabulary = (int(get(key) or 0) for key in keys)
         return cls(
             hidden, layers, heads, int(get("num_key_value_heads") or heads), feed_forward,
             vocabulary, int(get("head_dim") or 0), bool(get("tie_word_embeddings")),
