@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         after SIGTERM or Ctrl-C stopped a training that left a checkpoint to resume, 130 and 143
         after any other Ctrl-C and SIGTERM.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     try:
         with _sigterm_unwinds():
             return int(arguments.run(arguments))
@@ -98,6 +98,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of a pipe (head, less) went away. Python flushes stdout once more at exit.
         sys.stdout = None
         return 141
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """argparse takes a list of words in one place only; here an option may stand among them."""
+    parser = _parser()
+    arguments, left = parser.parse_known_args(argv)
+    if left and hasattr(arguments, "overrides") and not any(w.startswith("-") for w in left):
+        arguments.overrides += left
+    elif left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -53,6 +53,20 @@ def test_stopped_training_has_a_code_of_its_own(monkeypatch, capsys):
     )
 
 
+def test_options_may_stand_among_the_overrides(monkeypatch, capsys):
+    from lora_kernels.cli import train_command
+
+    seen = []
+    monkeypatch.setattr(train_command, "run", lambda arguments: seen.append(arguments) or 0)
+    assert main(["train", "c.yaml", "lora.r=4", "--quiet", "resume=auto"]) == 0
+    assert seen[0].overrides == ["lora.r=4", "resume=auto"] and seen[0].quiet
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "c.yaml", "--quiet", "--fast", "resume=auto"])
+    assert ended.value.code == 2 and "--fast" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["predict", "run", "text", "--json", "more", "--nothing"])
+
+
 @pytest.mark.slow
 def test_train_command_stops_and_resumes(tmp_path):
     yaml = pytest.importorskip("yaml")
@@ -80,4 +94,44 @@ def test_train_command_stops_and_resumes(tmp_path):
         [*words, "resume=auto", f"train.max_steps={step + 3}"],
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 2 and "max_steps" in done.stderr
+    assert done.returncode == 2 and "of the run to resume" in done.stderr
+
+
+@pytest.mark.slow
+def test_killed_train_command_ends_like_one_that_was_not(tmp_path):
+    yaml = pytest.importorskip("yaml")
+    pytest.importorskip("peft")
+    from tiny_bert import make_texts, tiny_config, write_csv, write_model
+
+    model = write_model(tmp_path / "model")
+    data = write_csv(tmp_path / "texts.csv", make_texts(40))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def words(name, *overrides):
+        config = tiny_config(
+            model, data, tmp_path / name, max_steps=120, save_steps=10, base_dropout=0.2
+        )
+        config["lora"]["dropout"] = 0.1
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
+        start = [sys.executable, "-m", "lora_kernels", "train", str(tmp_path / f"{name}.yaml")]
+        return [*start, "--quiet", *overrides]
+
+    assert subprocess.run(words("whole"), env=environment, capture_output=True).returncode == 0
+    process = subprocess.Popen(words("cut"), env=environment, stderr=subprocess.DEVNULL)
+    home = tmp_path / "cut.checkpoints"
+    for _ in range(2400):
+        if len(list(home.glob("checkpoint-*"))) > 1 or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "cut").exists()
+    done = subprocess.run(
+        words("cut", "resume=auto"), env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    whole, cut = (
+        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
+        for name in ("whole", "cut")
+    )
+    assert whole == cut
