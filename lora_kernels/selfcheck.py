@@ -10,6 +10,10 @@ import torch
 GPU_BACKENDS = ("triton", "cuda")  # checked on tensors of the GPU where there is one
 # Shapes that `auto` is asked about: a layer of a mid-sized model, 2048 tokens.
 TYPICAL: dict[str, dict[str, dict[str, Any]]] = {
+    "attention": {
+        dtype: {"B": 1, "S": 2048, "H": 32, "Hk": 8, "D": 64, "causal": True, "dtype": dtype}
+        for dtype in ("float32", "bfloat16")
+    },
     "lora_linear": {
         dtype: {"M": 2048, "K": 2048, "N": 2048, "rank": 16, "dtype": dtype}
         for dtype in ("float32", "bfloat16")
@@ -78,7 +82,22 @@ def _linear_cross_entropy(backend: str) -> None:
         check_linear_cross_entropy(inputs, backend)
 
 
+def _attention(backend: str) -> None:
+    from lora_kernels.testing import attention_inputs, check_attention
+
+    for dtype in (torch.float32, torch.bfloat16):
+        plain: dict[str, Any] = {"S": 70, "Hk": 2, "dtype": dtype, "causal": True}
+        check_attention(attention_inputs(**plain), backend)
+        check_attention(
+            attention_inputs(
+                **plain, window=(40, 0), softcap=3.0, sinks=True, dropout_p=0.25, seed=7
+            ),
+            backend,
+        )
+
+
 _CHECKS: dict[str, Callable[[str], None]] = {
+    "attention": _attention,
     "dora_linear": _dora_linear,
     "linear_cross_entropy": _linear_cross_entropy,
     "lora_linear": _lora_linear,

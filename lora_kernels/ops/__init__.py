@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from lora_kernels.ops._explain import explain
+from lora_kernels.ops.attention import attention
 from lora_kernels.ops.dora_linear import dora_linear
 from lora_kernels.ops.linear_cross_entropy import linear_cross_entropy
 from lora_kernels.ops.lora_linear import grouped_lora_linear, lora_linear
 from lora_kernels.ops.quant_linear import dequantize, quant_linear, quant_lora_linear, quantize
 
 __all__ = [
+    "attention",
     "dequantize",
     "dora_linear",
     "explain",

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from lora_kernels.errors import InvalidArgumentError
 from lora_kernels.ops._spec import OpSpec
+from lora_kernels.ops.attention import problem as attention
 from lora_kernels.ops.dora_linear import problem as dora_linear
 from lora_kernels.ops.linear_cross_entropy import problem as linear_cross_entropy
 from lora_kernels.ops.lora_linear import problem as lora_linear
 from lora_kernels.ops.quant_linear import problem as quant_linear
 
 OPS: tuple[OpSpec, ...] = (
+    OpSpec(
+        name="attention",
+        backends=attention.BACKENDS,
+        schemas=("lora_kernels::attention_fwd", "lora_kernels::attention_bwd"),
+        problem=attention.AttentionProblem.from_shapes,
+        supports=attention.supports,
+        choose=attention.choose,
+        flops=attention.flops,
+        min_bytes=attention.min_bytes,
+        deterministic="bitwise from run to run, at a fixed number of threads",
+    ),
     OpSpec(
         name="linear_cross_entropy",
         backends=linear_cross_entropy.BACKENDS,

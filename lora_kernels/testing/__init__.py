@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from lora_kernels.testing.attention import (
+    AttentionInputs,
+    attention_inputs,
+    attention_op,
+    check_attention,
+)
 from lora_kernels.testing.budget import BudgetExceededError, Margin, assert_within_budget
 from lora_kernels.testing.check import check_lora_linear, compare, lora_linear_op
 from lora_kernels.testing.dora_linear import (
@@ -29,6 +35,7 @@ from lora_kernels.testing.quant_linear import (
 
 __all__ = [
     "LAYOUTS",
+    "AttentionInputs",
     "BudgetExceededError",
     "DoraLinearInputs",
     "LinearCrossEntropyInputs",
@@ -37,6 +44,9 @@ __all__ = [
     "Margin",
     "QuantLinearInputs",
     "assert_within_budget",
+    "attention_inputs",
+    "attention_op",
+    "check_attention",
     "check_dora_linear",
     "check_linear_cross_entropy",
     "check_lora_linear",

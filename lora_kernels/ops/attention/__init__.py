@@ -1,0 +1,3 @@
+from lora_kernels.ops.attention.api import attention
+
+__all__ = ["attention"]

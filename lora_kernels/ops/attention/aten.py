@@ -1,0 +1,77 @@
+"""attention over library calls: SDPA where it covers every argument, else blocks.
+
+Packed sequences are taken one by one, each by the path that fits it. Which path, and why, is
+decided from the table of capabilities.py; formulas are in reference.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_kernels.ops.attention import blocked, capabilities, sdpa
+from lora_kernels.ops.attention.operands import Operands, sequences
+
+
+def _forward(d: Operands) -> tuple[Tensor, Tensor]:
+    path, _ = capabilities.aten_path(d.problem().features())
+    return sdpa.forward(d) if path == "sdpa" else blocked.forward(d)
+
+
+def _backward(
+    dout: Tensor, dlse: Tensor | None, d: Operands, out: Tensor, lse: Tensor, needs: list[bool]
+) -> list[Tensor | None]:
+    features = d.problem(mask_gradient=needs[4], lse_gradient=dlse is not None).features()
+    path, _ = capabilities.aten_path(features)
+    if path == "sdpa":
+        return [*sdpa.backward(dout, d, out, lse, needs), None]
+    return blocked.backward(dout, dlse, d, out, lse, needs)
+
+
+def attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, attn_mask: Tensor | None,
+    cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, alibi_slopes: Tensor | None,
+    seed: Tensor | None, scale: float, window: tuple[int, int], softcap: float, dropout_p: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out, lse); every path is deterministic, so `deterministic` asks for nothing more."""
+    d = Operands(
+        q, k, v, sinks, attn_mask, alibi_slopes, seed, scale, window, softcap, dropout_p
+    )  # fmt: skip
+    if cu_seqlens is None or cu_seqlens_k is None:
+        return _forward(d)
+    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=d.wide)
+    for part, rows, _ in sequences(d, cu_seqlens, cu_seqlens_k):
+        one_out, one_lse = _forward(part)
+        out[rows], lse[:, rows] = one_out[0], one_lse[0]
+    return out, lse
+
+
+def attention_bwd(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    sinks: Tensor | None, attn_mask: Tensor | None, cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None, alibi_slopes: Tensor | None, seed: Tensor | None, scale: float,
+    window: tuple[int, int], softcap: float, dropout_p: float, deterministic: bool,
+    needs: list[bool],
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of q, k, v, sinks and attn_mask, the last two not rounded yet; None where `needs`
+    does not ask."""
+    d = Operands(
+        q, k, v, sinks, attn_mask, alibi_slopes, seed, scale, window, softcap, dropout_p
+    )  # fmt: skip
+    if cu_seqlens is None or cu_seqlens_k is None:
+        return _backward(dout, dlse, d, out, lse, needs)
+    grads = [torch.empty_like(t) for t in (q, k, v)]
+    dsinks = sinks.new_zeros(sinks.shape, dtype=d.wide) if sinks is not None else None
+    for part, rows, keys in sequences(d, cu_seqlens, cu_seqlens_k):
+        one = _backward(
+            dout[None, rows], None if dlse is None else dlse[None, :, rows], part,
+            out[None, rows], lse[None, :, rows], needs,
+        )  # fmt: skip
+        for total, g, where in zip(grads, one, (rows, keys, keys), strict=False):
+            if g is not None:
+                total[where] = g[0]
+        if dsinks is not None and one[3] is not None:
+            dsinks += one[3]
+    return [*grads, dsinks, None]

@@ -1,0 +1,79 @@
+"""What each way of computing attention covers, as one table; docs/attention.md is made from it.
+
+A column is a backend, or for `aten` one of its two paths. An entry is True, or the reason for no,
+which predicates, `explain` and error messages quote.
+"""
+
+from __future__ import annotations
+
+FEATURES: dict[str, str] = {
+    "causal": "causal, as many queries as keys",
+    "causal_unequal": "causal, another number of queries than keys (aligned bottom-right)",
+    "gqa": "grouped and multi-query heads",
+    "value_dim": "value heads of another size than query heads",
+    "varlen": "packed sequences (`cu_seqlens`)",
+    "window": "sliding window",
+    "softcap": "softcap",
+    "sinks": "attention sinks, with gradient",
+    "alibi": "ALiBi",
+    "bool_mask": "boolean mask",
+    "additive_mask": "additive mask",
+    "masked_causal": "a mask together with causal",
+    "mask_gradient": "gradient of an additive mask",
+    "dropout": "dropout (counter based)",
+    "lse_gradient": "gradient through the returned log-sum-exp",
+    "empty": "no queries or no keys",
+    "float64": "fp64",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+}
+
+COLUMNS: dict[str, str] = {
+    "reference": "`reference`",
+    "sdpa": "`aten`, SDPA path",
+    "blocked": "`aten`, blocked path",
+}
+
+_SDPA_LACKS: dict[str, str] = {
+    "causal_unequal": "SDPA aligns a causal mask top-left, not bottom-right",
+    "value_dim": "SDPA's CPU kernel wants value heads as wide as query heads",
+    "window": "SDPA would need a mask of queries x keys",
+    "softcap": "SDPA has no softcap",
+    "alibi": "SDPA would need a bias of queries x keys",
+    "masked_causal": "SDPA takes a mask or causal, not both",
+    "mask_gradient": "SDPA's CPU kernel gives no gradient of a mask",
+    "dropout": "SDPA's dropout cannot be replayed from a seed",
+    "lse_gradient": "SDPA's backward takes no gradient of the log-sum-exp",
+    "empty": "SDPA's CPU kernel divides by the number of keys",
+    "gpu": "only SDPA's CPU kernel is called with its log-sum-exp",
+}
+
+TABLE: dict[str, dict[str, bool | str]] = {
+    "reference": dict.fromkeys(FEATURES, True),
+    "sdpa": {name: _SDPA_LACKS.get(name, True) for name in (*FEATURES, "gpu")},
+    "blocked": dict.fromkeys(FEATURES, True),
+}
+
+
+def lacking(column: str, features: frozenset[str]) -> str:
+    """Why `column` cannot do a problem with these features; empty when it can."""
+    reasons = [answer for name, answer in TABLE[column].items() if name in features]
+    return "; ".join(reason for reason in reasons if isinstance(reason, str))
+
+
+def aten_path(features: frozenset[str]) -> tuple[str, str]:
+    """(column, reason) of the path that `aten` takes. SDPA wherever it covers everything."""
+    why = lacking("sdpa", features)
+    if why:
+        return "blocked", f"blocks of queries x keys with an online softmax: {why}"
+    return "sdpa", "torch's SDPA kernel covers every argument"
+
+
+def markdown() -> str:
+    """The table of docs/attention.md."""
+    rows = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for name, text in FEATURES.items():
+        cells = (TABLE[column][name] for column in COLUMNS)
+        shown = " | ".join("yes" if cell is True else f"no: {cell}" for cell in cells)
+        rows.append(f"| {text} | {shown} |")
+    return "\n".join(rows) + "\n"
