@@ -41,6 +41,9 @@ def load_tokenizer(path: str) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, ImportError) as e:
         raise ConfigError(f"model={path!r}: no tokenizer can be loaded: {first_line(e)}") from None
+    # Where a folder has no tokenizer files, some classes make one without a vocabulary.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ConfigError(f"model={path!r}: no tokenizer can be loaded: its files are missing")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ConfigError(f"model={path!r}: the tokenizer has no padding and no end token")

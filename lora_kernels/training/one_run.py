@@ -141,6 +141,8 @@ def train_once(
         base.model.config.use_cache = caches
     if save_to is not None:
         save_trained(trainer, method.save, save_to)
+        if config.method == "full" and trainer.is_world_process_zero():
+            tokenizer.save_pretrained(str(save_to))  # a whole model can be the base of another run
     history: list[dict[str, Any]] = trainer.state.log_history
     examples, tokens = trainer.seen
     return Run(
