@@ -23,14 +23,15 @@ import torch
 from benchmarks.providers import Case, UnavailableError, build
 
 
-def _status(field: str) -> int:
+def resident_bytes(field: str) -> int:
+    """Of this process: VmRSS now, VmHWM at most since `reset_high_water_mark`."""
     text = Path("/proc/self/status").read_text()
     found = re.search(rf"^{field}:\s+(\d+) kB$", text, re.MULTILINE)
     assert found, field
     return int(found[1]) * 1024
 
 
-def _reset_high_water_mark() -> None:
+def reset_high_water_mark() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -62,11 +63,11 @@ def saved_bytes(name: str, case: Case) -> int:
 def peak_bytes(name: str, case: Case) -> int:
     _warm_libraries(name, case)
     provider = build(name, case)
-    _reset_high_water_mark()
-    before = _status("VmRSS")
+    reset_high_water_mark()
+    before = resident_bytes("VmRSS")
     for _ in range(2):
         provider.fwdbwd()
-    return max(0, _status("VmHWM") - before)
+    return max(0, resident_bytes("VmHWM") - before)
 
 
 def in_child(name: str, case: Case) -> dict[str, int | None]:
