@@ -116,6 +116,7 @@ _POINTER = (
     Gemm(128, 128, 32, 8, 4, lora_last=False),
     Gemm(64, 128, 32, 4, 4, lora_last=False),
     Gemm(64, 128, 32, 8, 4, lora_last=False),
+    Gemm(64, 32, 64, 4, 3, lora_last=False),
 )
 _AMD = (
     Gemm(128, 128, 64, 8, 2),
@@ -197,6 +198,9 @@ def invalid(
         return f"{members} members in a row spill registers in a tile of this size"
     if members > 1 and not c.descriptor and per_thread > REGISTERS // 2:
         return f"pointers of {members} members beside a tile of this size spill registers"
+    deep = dropout and members > 1 and rank_blocks(rank, itemsize) > 2
+    if deep and not c.descriptor and per_thread > REGISTERS // 8:
+        return f"masks of {members} members beside rank {rank} spill registers"
     if not vectors and (c.descriptor or per_thread > REGISTERS // 4):
         return "single elements beside a tile of this size spill registers"
     if exact and c.lora_last:
@@ -333,6 +337,8 @@ def dy_pass(M: int, N: int, rank: int, itemsize: int, where: Target) -> Rows:
         held = 32 if padded <= 128 else 16
     row = (held + padded) * itemsize
     step = _step((64, 32), row, where, 3)
+    if padded > 64 and rank % 8:  # rows of S and B come in single elements
+        step = 16
     if itemsize == 4:
         step = 32 if padded <= 64 else 16
     splits = _splits(-(-N // held), -(-M // step), max(1, M // (16 * rank)), where)
