@@ -21,7 +21,7 @@ help:
 	@echo "make test-all    the slow tests as well"
 	@echo "make lint        ruff and mypy"
 	@echo "make format      let ruff rewrite the files"
-	@echo "make bench       benchmark of lora_linear on the CPU"
+	@echo "make bench       benchmarks of lora_linear and of quantized layers on the CPU"
 	@echo "make gpu-check   GPU kernels: tests, sanitizer, benchmark (PYTHON=, PART=tests|sanitize|bench)"
 	@echo "make tune        tiles and choice of backend for the GPU at hand (PYTHON=)"
 	@echo "make peft-suite  PEFT's own tests, stock and fused"
@@ -71,6 +71,7 @@ format: $(STAMPS)/packages
 
 bench: setup
 	$(BIN)/python -m benchmarks.run --op lora_linear --device cpu
+	$(BIN)/python -m benchmarks.quant_linear_cpu
 
 # The tool exits with 3 where there is no GPU.
 gpu-check:

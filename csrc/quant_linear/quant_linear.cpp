@@ -314,8 +314,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quant_linear_bwd(
     return rows_of(t);
   };
   const Kernels& kernels = kernels_for(p.dtype);
-  const at::Tensor none = at::empty({0}, dy.options());
-  at::Tensor dx = none, x = none, s = none;
+  const auto none = [&] { return at::empty({0}, dy.options()); };  // results must not alias
+  at::Tensor dx = none(), x, s;
   if (need_dx) dx = at::empty({m, w.k}, dy.options());
   p.lddx = w.k;
   const int64_t light = m * w.n + p.rank * (w.n + w.k) * (m + 1);
@@ -324,7 +324,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quant_linear_bwd(
     return at::zeros({threads_for(light), padded(p.rank, kernels.rank_multiple),
                       padded(columns, kernels.column_multiple)}, at::kFloat);
   };
-  at::Tensor da = none, db = none;
+  at::Tensor da = none(), db = none();
   if (need_da && p.rank > 0) {
     TORCH_CHECK(x_given.has_value(), "quant_linear (cpu): the gradient of lora_a needs x");
     x = operand(*x_given, w.k, "x");

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops import _dispatch
-from lora_kernels.ops.quant_linear import autograd, contract, encode, validate
+from lora_kernels.ops.quant_linear import autograd, contract, cpu, encode, validate
 from lora_kernels.ops.quant_linear.quant_tensor import QuantTensor
 
 
@@ -45,7 +45,9 @@ def quantize(
     spec = validate.make_spec(
         tuple(w.shape), w.dtype, format, block_size, double_quant, quant_storage, what
     )
-    return QuantTensor(spec, encode.quantize(w.detach(), spec))
+    library = not _dispatch.disabled("quant_linear", "cpu")  # the same bytes, sooner
+    parts = cpu.quantize(w.detach(), spec) if library else None
+    return QuantTensor(spec, encode.quantize(w.detach(), spec) if parts is None else parts)
 
 
 def dequantize(

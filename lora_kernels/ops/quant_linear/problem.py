@@ -18,7 +18,7 @@ from lora_kernels.ops import _dispatch
 from lora_kernels.ops.quant_linear import formats
 from lora_kernels.ops.quant_linear.formats import FLOATS, QuantSpec, parts_of
 
-BACKENDS = ("reference", "aten")
+BACKENDS = ("reference", "aten", "cpu")
 # Names that quantize and explain take, and the (format, layout) they stand for.
 FORMAT_NAMES: dict[str, tuple[str, str]] = {
     "nf4": ("nf4", formats.FLAT),
