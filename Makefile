@@ -39,7 +39,8 @@ $(STAMPS)/torch: requirements/torch.txt $(STAMPS)/venv
 	$(BIN)/python -m pip install --quiet -r requirements/torch.txt
 	@touch $@
 
-$(STAMPS)/packages: requirements/build.txt requirements/dev.txt requirements/demo.txt $(STAMPS)/torch
+$(STAMPS)/packages: requirements/build.txt requirements/dev.txt requirements/triton.txt \
+  requirements/demo.txt $(STAMPS)/torch
 	$(BIN)/python -m pip install --quiet -r requirements/build.txt -r requirements/dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements/demo.txt
 	@touch $@
