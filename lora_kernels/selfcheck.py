@@ -30,6 +30,10 @@ TYPICAL: dict[str, dict[str, dict[str, Any]]] = {
         dtype: {"M": 2048, "K": 2048, "N": 2048, "rank": 16, "dtype": dtype}
         for dtype in ("float32", "bfloat16")
     },
+    "rope": {
+        dtype: {"B": 1, "S": 2048, "H": 32, "Hk": 8, "D": 64, "dtype": dtype}
+        for dtype in ("float32", "bfloat16")
+    },
 }
 
 
@@ -96,10 +100,19 @@ def _attention(backend: str) -> None:
         )
 
 
+def _rope(backend: str) -> None:
+    from lora_kernels.testing import check_rope, rope_inputs
+
+    for dtype in (torch.float32, torch.bfloat16):
+        check_rope(rope_inputs((2, 70), R=12, tables="cache", dtype=dtype), backend)
+        check_rope(rope_inputs((70,), interleaved=True, dtype=dtype), backend)
+
+
 _CHECKS: dict[str, Callable[[str], None]] = {
     "attention": _attention,
     "dora_linear": _dora_linear,
     "linear_cross_entropy": _linear_cross_entropy,
     "lora_linear": _lora_linear,
     "quant_linear": _quant_linear,
+    "rope": _rope,
 }

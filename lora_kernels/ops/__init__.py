@@ -8,6 +8,7 @@ from lora_kernels.ops.dora_linear import dora_linear
 from lora_kernels.ops.linear_cross_entropy import linear_cross_entropy
 from lora_kernels.ops.lora_linear import grouped_lora_linear, lora_linear
 from lora_kernels.ops.quant_linear import dequantize, quant_linear, quant_lora_linear, quantize
+from lora_kernels.ops.rope import rope
 
 __all__ = [
     "attention",
@@ -20,4 +21,5 @@ __all__ = [
     "quant_linear",
     "quant_lora_linear",
     "quantize",
+    "rope",
 ]

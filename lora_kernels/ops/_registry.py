@@ -9,6 +9,7 @@ from lora_kernels.ops.dora_linear import problem as dora_linear
 from lora_kernels.ops.linear_cross_entropy import problem as linear_cross_entropy
 from lora_kernels.ops.lora_linear import problem as lora_linear
 from lora_kernels.ops.quant_linear import problem as quant_linear
+from lora_kernels.ops.rope import problem as rope
 
 OPS: tuple[OpSpec, ...] = (
     OpSpec(
@@ -72,6 +73,17 @@ OPS: tuple[OpSpec, ...] = (
         flops=dora_linear.flops,
         min_bytes=dora_linear.min_bytes,
         deterministic="bitwise from run to run, at a fixed number of threads",
+    ),
+    OpSpec(
+        name="rope",
+        backends=rope.BACKENDS,
+        schemas=("lora_kernels::rope_fwd", "lora_kernels::rope_bwd"),
+        problem=rope.RopeProblem.from_shapes,
+        supports=rope.supports,
+        choose=rope.choose,
+        flops=rope.flops,
+        min_bytes=rope.min_bytes,
+        deterministic="bitwise from run to run",
     ),
 )
 

@@ -32,6 +32,7 @@ from lora_kernels.testing.quant_linear import (
     quant_linear_inputs,
     quant_linear_op,
 )
+from lora_kernels.testing.rope import RopeInputs, check_rope, rope_inputs, rope_op
 
 __all__ = [
     "LAYOUTS",
@@ -43,6 +44,7 @@ __all__ = [
     "LoraLinearResults",
     "Margin",
     "QuantLinearInputs",
+    "RopeInputs",
     "assert_within_budget",
     "attention_inputs",
     "attention_op",
@@ -51,6 +53,7 @@ __all__ = [
     "check_linear_cross_entropy",
     "check_lora_linear",
     "check_quant_linear",
+    "check_rope",
     "compare",
     "dora_linear_inputs",
     "dora_linear_op",
@@ -64,5 +67,7 @@ __all__ = [
     "quant_linear_inputs",
     "quant_linear_op",
     "relayout",
+    "rope_inputs",
+    "rope_op",
     "yardstick",
 ]

@@ -1,0 +1,3 @@
+from lora_kernels.ops.rope.api import rope
+
+__all__ = ["rope"]

@@ -1,0 +1,87 @@
+"""The problem description that predicates, `explain`, benchmarks and tests share."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, fields
+from types import ModuleType
+
+import torch
+
+from lora_kernels.errors import InvalidArgumentError
+from lora_kernels.ops import _dispatch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+BACKENDS = ("reference", "aten")
+OP = "rope"
+
+
+@dataclass(frozen=True)
+class RopeProblem:
+    """q [B, S, H, D] and k [B, S, Hk, D], of which R channels are rotated; Hk 0: no k."""
+
+    B: int
+    S: int
+    H: int
+    D: int
+    Hk: int
+    R: int
+    interleaved: bool = False
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    @classmethod
+    def from_shapes(cls, **shapes: object) -> RopeProblem:
+        """From keywords for `lk.explain`: B, S, H, D, and where they differ Hk and R."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(shapes) - known)
+        if unknown:
+            raise InvalidArgumentError(
+                f"unknown argument {unknown[0]!r}; accepted: {', '.join(sorted(known))}"
+            )
+        missing = [n for n in ("B", "S", "H", "D") if n not in shapes]
+        if missing:
+            raise InvalidArgumentError(f"argument {missing[0]!r} is missing; needed: B, S, H, D")
+        shapes.setdefault("Hk", shapes["H"])
+        shapes.setdefault("R", shapes["D"])
+        dtype = shapes.get("dtype", torch.float32)
+        if isinstance(dtype, str):
+            shapes["dtype"] = getattr(torch, dtype.removeprefix("torch."), None)
+        if shapes.get("dtype", torch.float32) not in DTYPES:
+            raise InvalidArgumentError(
+                f"dtype={dtype!r} is not supported; accepted: "
+                + ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+            )
+        return cls(**shapes)  # type: ignore[arg-type]
+
+
+def supports(backend: str, problem: RopeProblem) -> tuple[bool, str]:
+    """Can this backend run this problem; the reason is for people."""
+    if backend == "reference":
+        return True, "plain PyTorch, the rotated copy spelled out"
+    if backend == "aten":
+        return True, "element-wise library calls, each half written in place"
+    return False, f"{OP} has no {backend} kernels"
+
+
+def choose(problem: RopeProblem, requested: str | None = None) -> tuple[str, str]:
+    """(backend, reason) that would run `problem`."""
+    name = _dispatch.requested_backend(requested)
+    return _dispatch.resolve(OP, name, ("aten",), lambda b: supports(b, problem))
+
+
+def launcher(problem: RopeProblem, requested: str) -> ModuleType:
+    name, _ = choose(problem, requested)
+    return importlib.import_module(f"lora_kernels.ops.{OP}.{name}")
+
+
+def flops(problem: RopeProblem, direction: str) -> float:
+    """Two multiplications and an addition for each rotated channel, either way."""
+    p = problem
+    return 3.0 * p.B * p.S * (p.H + p.Hk) * p.R
+
+
+def min_bytes(problem: RopeProblem, direction: str) -> float:
+    """q and k read once and written once, cos and sin of every position read once in fp32."""
+    p = problem
+    return float(2 * p.dtype.itemsize * p.B * p.S * (p.H + p.Hk) * p.D + 2 * 4 * p.S * p.R)
