@@ -92,6 +92,18 @@ def test_what_trains_is_fp32_over_a_base_in_bf16(bert: Any, method: str) -> None
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {expected}
 
 
+def test_embeddings_train_in_fp32_over_a_base_in_bf16(bert: Any) -> None:
+    model = prepared(
+        bert, "precision=bf16", "lora.modules_to_save=[word_embeddings]", dtype=torch.bfloat16
+    )
+    tokens = torch.arange(6)[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=tokens, labels=torch.tensor([0])).loss.backward()
+    (table,) = (p for n, p in model.named_parameters() if "embeddings.modules_to_save" in n)
+    assert table.dtype == table.grad.dtype == torch.float32
+    assert table.grad[:6].abs().amax(1).count_nonzero() >= 5 and not table.grad[6:].any()
+
+
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 @pytest.mark.parametrize(
     ("overrides", "fragments"),

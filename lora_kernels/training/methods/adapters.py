@@ -62,7 +62,26 @@ def prepare(base: Base, task: Task, config: Config) -> Any:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+    _keep_activations_narrow(model)
     return model
+
+
+def _keep_activations_narrow(model: Any) -> None:
+    """An embedding that trains in fp32 passes on the dtype of the frozen one: autocast leaves
+    lookups alone, and the norm behind it would meet an input wider than its weights.
+    """
+    from peft.utils import ModulesToSaveWrapper
+    from torch import nn
+
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and isinstance(
+            module.original_module, nn.Embedding
+        ):
+            module.register_forward_hook(_to_frozen_dtype)
+
+
+def _to_frozen_dtype(module: Any, inputs: Any, output: Any) -> Any:
+    return output.to(module.original_module.weight.dtype)
 
 
 def save(model: Any, folder: Path) -> None:
@@ -82,9 +101,11 @@ def attach(base: Base, folder: Path, saved: dict[str, Any]) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys.*")
-            return peft.PeftModel.from_pretrained(base.model, str(folder))
+            model = peft.PeftModel.from_pretrained(base.model, str(folder))
     except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError, UserWarning) as e:
         reason = " ".join(str(e).split())[:200]
         raise AdapterFileError(
             f"{folder} is damaged or belongs to another model: {reason}"
         ) from None
+    _keep_activations_narrow(model)
+    return model
