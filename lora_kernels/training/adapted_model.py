@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from lora_kernels.errors import AdapterFileError, ConfigError
+from lora_kernels.errors import AdapterFileError, ConfigError, LoraKernelsError
 from lora_kernels.modules import safetensors_file
+from lora_kernels.training.quantized_base import method_of, reading_options
 from lora_kernels.training.references import model_path
 
 # PEFT's task types and transformers' classes for them.
@@ -117,13 +118,18 @@ def load_base(path: str, auto_class: str, dtype: str | None, options: dict[str, 
     import transformers
 
     try:
+        config = transformers.AutoConfig.from_pretrained(path)
         if not auto_class:
-            config = transformers.AutoConfig.from_pretrained(path)
             names = config.architectures or []
             auto_class = next((n for n in names if hasattr(transformers, n)), "AutoModel")
         return getattr(transformers, auto_class).from_pretrained(
-            path, dtype=getattr(torch, dtype) if dtype else "auto", **options
+            path,
+            dtype=getattr(torch, dtype) if dtype else "auto",
+            **reading_options(config),
+            **options,
         )
+    except LoraKernelsError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e:
         lines = [line.strip() for line in str(e).splitlines() if line.strip()]
         reason = lines[0] if lines else type(e).__name__
@@ -145,8 +151,13 @@ def load_tokenizer(path: str) -> Any:
         raise ConfigError(f"base={path!r}: no tokenizer can be loaded: {first}") from None
 
 
-def load_adapted(source: AdapterSource, dtype: str | None = None, trainable: bool = False) -> Any:
+def load_adapted(
+    source: AdapterSource, dtype: str | None = None, trainable: bool = False, dense: bool = False
+) -> Any:
     """The PEFT model of `source`; parts that the file lacks are errors, not warnings.
+
+    Args:
+        dense: a base that is quantized becomes dense, with the values that its codes stand for.
 
     Raises:
         AdapterFileError: damaged, or for another model.
@@ -158,6 +169,8 @@ def load_adapted(source: AdapterSource, dtype: str | None = None, trainable: boo
     from safetensors import SafetensorError
 
     base = load_base(base_path(source.base), source.auto_class, dtype, dict(source.options))
+    if dense and method_of(base.config):
+        base = base.dequantize()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys.*")

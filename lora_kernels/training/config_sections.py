@@ -138,9 +138,11 @@ class LoraConfig:
 class QuantConfig:
     """How method qlora stores the frozen weights."""
 
-    format: str = field(
-        default="nf4", metadata=about("format of the frozen weights, as lora_kernels.ops.quantize")
-    )
+    format: str | None = field(
+        default=None,
+        metadata=about("format of the frozen weights, as lora_kernels.ops.quantize; when absent "
+                       "nf4, and of a model that is quantized already its own"),
+    )  # fmt: skip
     block_size: int | None = field(
         default=None,
         metadata=about("weights that share a scale; the format's own when absent", low=1),

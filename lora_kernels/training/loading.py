@@ -9,6 +9,7 @@ import transformers
 
 from lora_kernels.errors import ConfigError, LoraKernelsError
 from lora_kernels.training.config import Config
+from lora_kernels.training.quantized_base import check_training, reading_options
 from lora_kernels.training.tasks import Task
 
 # Their position embeddings begin after the padding token's number.
@@ -62,6 +63,7 @@ def load_base(task: Task, path: str, dtype: Any, tokenizer: Any, options: dict[s
         ConfigError: `path` is no model that has such a head, or takes only shorter inputs.
     """
     check_length(task, path)
+    options = {**reading_options(_stored_config(path)), **options}
     load = getattr(transformers, task.auto_class).from_pretrained
     try:
         model, info = load(
@@ -78,7 +80,13 @@ def load_base(task: Task, path: str, dtype: Any, tokenizer: Any, options: dict[s
 
 
 def load_options(config: Config, path: str) -> dict[str, Any]:
-    """What the configuration says about the base model, as keywords of ``from_pretrained``."""
+    """What the configuration says about the base model, as keywords of ``from_pretrained``.
+
+    Raises:
+        ConfigError: `path` is no model, or one that is quantized in a way that the configuration
+            does not go with.
+    """
+    check_training(config, _stored_config(path))
     options: dict[str, Any] = {}
     if config.attention != "auto":
         options["attn_implementation"] = config.attention

@@ -30,6 +30,9 @@ def merge_to_disk(
 ) -> dict[str, Any]:
     """Writes the base model with the adapter folded into its weights.
 
+    A base whose files are quantized is written dense: the adapter was trained over the values that
+    the codes stand for, and quantizing the sum again would lose small updates.
+
     Args:
         adapter: folder in PEFT's format, or the folder of a run.
         output: new folder for a model that ``from_pretrained`` loads, with its tokenizer; with
@@ -53,7 +56,7 @@ def merge_to_disk(
         raise ConfigError(f"output={str(output)!r} exists; choose another name or remove it")
     source = adapter_source(adapter, base)
     check_room("output", output.parent, 0)
-    model = load_adapted(source, dtype)
+    model = load_adapted(source, dtype, dense=True)
     changed = _changed_weights(model)
     try:
         merged = model.merge_and_unload(safe_merge=True)
