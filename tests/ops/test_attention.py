@@ -83,9 +83,13 @@ def test_ragged_lengths(backend, S, Sk, causal):
 @pytest.mark.parametrize("window", [None, (0, 0), (17, -1), (-1, 5), (130, 40)])
 def test_many_lengths(backend, S, window):
     for Sk, sinks in itertools.product((1, 40, 255, 300), (False, True)):
-        i = attention_inputs(1, S, 2, 32, Sk=Sk, Hk=1, window=window, sinks=sinks, softcap=4.0)
         alone = (Sk == 1 or window == (0, 0)) and not sinks
-        check_attention(i, backend, NO_CANCELLATION if alone else None)
+        for dtype in (torch.float32, torch.bfloat16):
+            i = attention_inputs(
+                1, S, 2, 32, Sk=Sk, Hk=1, window=window, sinks=sinks, softcap=4.0, dtype=dtype
+            )
+            few_keys = alone or dtype == torch.float32
+            check_attention(i, backend, NO_CANCELLATION if few_keys else None)
 
 
 @pytest.mark.parametrize("layout", ["sliced", "strided", "permuted", "misaligned"])

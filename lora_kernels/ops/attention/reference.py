@@ -35,6 +35,7 @@ class _Weights(NamedTuple):
     """Of one dense problem, heads first: probabilities [B, H, S, Sk] and what made them."""
 
     p: Tensor
+    sink: Tensor  # the sink's probability [B, H, S, 1], or no column
     dropped: Tensor  # w
     cap: Tensor  # d(z after softcap) / d(z before)
     lse: Tensor  # [B, H, S]
@@ -90,14 +91,15 @@ def _weights(
     else:
         lse = torch.logsumexp(terms, -1)
     empty = (lse == -torch.inf).unsqueeze(-1)
-    p = terms.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)[..., :keys]
+    every = terms.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+    p, sink = every[..., :keys], every[..., keys:]
     dropped = torch.ones_like(p)
     if dropout_p != 0.0 and seed is not None:
         streams = range(first_stream, first_stream + p.shape[0] * p.shape[1])
         seed = seed.to(q.device)
         kept = [_philox.keep_mask(seed, rows, keys, dropout_p, stream) for stream in streams]
         dropped = torch.stack(kept).view(p.shape).to(p.dtype) * _philox.keep_scale(dropout_p)
-    return _Weights(p, dropped, cap, lse, q, k, v)
+    return _Weights(p, sink, dropped, cap, lse, q, k, v)
 
 
 def _spans(cu_seqlens: Tensor) -> list[slice]:
@@ -174,8 +176,7 @@ def attention_bwd(
 
     dsinks = None
     if needs[3] and sinks is not None:
-        safe = w.lse.masked_fill(w.lse == -torch.inf, 0.0)
-        dsinks = -(torch.exp(sinks.to(safe.dtype).view(1, -1, 1) - safe) * delta).sum((0, 2))
+        dsinks = -(w.sink.squeeze(-1) * delta).sum((0, 2))
     return [
         dq.transpose(1, 2).to(q.dtype),
         of_group(scale * (dz.mT @ w.q), k),
