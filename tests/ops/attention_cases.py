@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
+
+from lora_kernels.ops.attention import capabilities
 
 # Feature -> arguments of attention_inputs that use it. `varlen` leaves out what it excludes.
 CASES: dict[str, dict[str, Any]] = {
@@ -42,3 +45,13 @@ def together(first: str, second: str) -> dict[str, Any] | None:
     if "mask_shape" in arguments and "Sk" in arguments:
         return None  # the shape names the number of keys
     return arguments
+
+
+def force_path(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    """Makes aten take `path` wherever the table lets it, and blocks elsewhere."""
+
+    def forced(features: frozenset[str]) -> tuple[str, str]:
+        able = not capabilities.lacking(path, features)
+        return (path if able else "blocked"), "a test"
+
+    monkeypatch.setattr(capabilities, "aten_path", forced)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from lora_kernels.ops import _philox, _registry, attention
-from lora_kernels.ops.attention import blocked, capabilities
+from lora_kernels.ops.attention import bands, blocked, capabilities, sdpa
 from lora_kernels.testing import (
     BudgetExceededError,
     assert_within_budget,
@@ -19,7 +19,7 @@ from lora_kernels.testing import (
     check_attention,
 )
 from lora_kernels.testing.attention import compare_attention
-from tests.ops.attention_cases import CASES, together
+from tests.ops.attention_cases import CASES, force_path, together
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EVERYTHING = {
@@ -35,9 +35,9 @@ NO_CANCELLATION = ("v",)
 
 @pytest.fixture(params=capabilities.COLUMNS)
 def column(request, monkeypatch) -> str:
-    """A column of the table; `blocked` is aten made to take that path."""
-    if request.param == "blocked":
-        monkeypatch.setattr(capabilities, "aten_path", lambda features: ("blocked", "a test"))
+    """A column of the table; `bands` and `blocked` are aten made to take that path if it can."""
+    if request.param in ("bands", "blocked"):
+        force_path(monkeypatch, request.param)
     return request.param
 
 
@@ -183,7 +183,7 @@ def test_dropout_of_a_block_is_that_of_the_whole(span):
     operands = blocked.Operands(
         i.q, i.k, i.v, None, None, None, torch.tensor(2**40 + 9), 1.0, (-1, -1), 0.0, 0.3, 6
     )
-    kept = blocked._Block(operands, (4, 17), span).kept()
+    kept = blocked.Block(operands, (4, 17), span).kept()
     for b, h in itertools.product(range(2), range(3)):
         whole = _philox.keep_mask(torch.tensor(2**40 + 9), 21, 300, 0.3, 6 + 3 * b + h)
         assert torch.equal(kept[b, h], whole[4:17, slice(*span)])
@@ -274,23 +274,45 @@ def test_no_tensor_of_queries_by_keys(monkeypatch):
     assert 0 < largest < 700 * 700 * 4 / 4
 
 
+def test_bands_see_their_own_keys_only(monkeypatch):
+    """Keys of every call of the kernel; several bands are exact at their edges."""
+    monkeypatch.setattr(bands, "_ROWS", 16)
+    keys = []
+    real = sdpa.forward
+
+    def spy(d):
+        keys.append(d.k.shape[1])
+        return real(d)
+
+    monkeypatch.setattr(sdpa, "forward", spy)
+    for dtype in (torch.float32, torch.bfloat16):
+        i = attention_inputs(
+            1, 50, Sk=70, Hk=2, causal=True, window=(20, 0), sinks=True, dtype=dtype
+        )
+        keys.clear()
+        check_attention(i, "aten")
+        assert keys == [36, 36, 36, 22]
+    check_attention(attention_inputs(1, 70, Sk=30, causal=True, sinks=True), "aten")
+    check_attention(attention_inputs(2, 50, mask="bool", causal=True), "aten")
+
+
 def test_blocks_that_nobody_sees_are_skipped(monkeypatch):
     monkeypatch.setattr(blocked, "_ROWS", 16)
     monkeypatch.setattr(blocked, "_KEYS", 16)
     made = 0
-    real = blocked._Block.scores
+    real = blocked.Block.scores
 
     def counted(*arguments):
         nonlocal made
         made += 1
         return real(*arguments)
 
-    monkeypatch.setattr(blocked._Block, "scores", counted)
+    monkeypatch.setattr(blocked.Block, "scores", counted)
     i = attention_inputs(1, 160, 1, 8, causal=True, softcap=3.0)
     attention(i.q, i.k, i.v, **i.options)
     assert made == 55  # the lower triangle of 10 x 10 blocks
     made = 0
-    attention(i.q, i.k, i.v, window=(15, 0))
+    attention(i.q, i.k, i.v, window=(15, 0), softcap=3.0)
     assert made == 19
 
 

@@ -13,14 +13,14 @@ from torch.utils.checkpoint import checkpoint
 import lora_kernels as lk
 from lora_kernels.errors import BackendUnavailableError, InvalidArgumentError
 from lora_kernels.ops import _registry, attention
-from lora_kernels.ops.attention import blocked, capabilities, sdpa
+from lora_kernels.ops.attention import bands, blocked, capabilities, sdpa
 from lora_kernels.testing import (
     assert_within_budget,
     attention_inputs,
     attention_op,
     check_attention,
 )
-from tests.ops.attention_cases import CASES
+from tests.ops.attention_cases import CASES, force_path
 
 ROOT = Path(__file__).resolve().parents[2]
 FWD = torch.ops.lora_kernels.attention_fwd.default
@@ -45,10 +45,9 @@ def test_every_answer_of_the_table(column, feature, monkeypatch):
     if column == "reference":
         check_attention(i, "reference")
         return
-    if column == "blocked":
-        monkeypatch.setattr(capabilities, "aten_path", lambda features: ("blocked", "a test"))
+    force_path(monkeypatch, column)
     took = set()
-    for module in (sdpa, blocked):
+    for module in (sdpa, bands, blocked):
         for step in ("forward", "backward"):
             real, stem = getattr(module, step), module.__name__.rpartition(".")[2]
 
@@ -60,11 +59,10 @@ def test_every_answer_of_the_table(column, feature, monkeypatch):
     # The gradient of the mask is a feature of its own.
     needs = ("q", "k", "v") if feature == "additive_mask" else None
     check_attention(i, "aten", needs)
-    assert ("sdpa", "forward") in took or ("blocked", "forward") in took
     if capabilities.TABLE[column][feature] is True:
         assert {(column, "forward"), (column, "backward")} <= took
     else:
-        assert (column, "backward") not in took
+        assert (column, "backward") not in took and ("blocked", "backward") in took
 
 
 def test_the_page_has_the_table_of_the_code():
@@ -82,6 +80,8 @@ def test_explain_says_which_path():
     assert plain["backend"] == "aten" and "SDPA kernel covers" in plain["reason"]
     capped = lk.explain("attention", **shapes, softcap=30.0, window=(8, 0))
     assert "SDPA has no softcap" in capped["reason"] and "online softmax" in capped["reason"]
+    window = lk.explain("attention", **shapes, window=(8, 0))
+    assert "some queries and their keys" in window["reason"]
     # What a window or causal does not exclude is not held against SDPA.
     decode = lk.explain("attention", **{**shapes, "S": 1}, Sk=64, causal=True, window=(63, 0))
     assert "SDPA kernel covers" in decode["reason"]

@@ -1,4 +1,5 @@
-"""attention over library calls: SDPA where it covers every argument, else blocks.
+"""attention over library calls: SDPA, whole or in bands, where that covers every argument, else
+blocks.
 
 Packed sequences are taken one by one, each by the path that fits it. Which path, and why, is
 decided from the table of capabilities.py; formulas are in reference.py.
@@ -9,13 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.attention import blocked, capabilities, sdpa
+from lora_kernels.ops.attention import bands, blocked, capabilities, sdpa
 from lora_kernels.ops.attention.operands import Operands, sequences
 
 
 def _forward(d: Operands) -> tuple[Tensor, Tensor]:
     path, _ = capabilities.aten_path(d.problem().features())
-    return sdpa.forward(d) if path == "sdpa" else blocked.forward(d)
+    if path == "blocked":
+        return blocked.forward(d)
+    return sdpa.forward(d) if path == "sdpa" else bands.forward(d)
 
 
 def _backward(
@@ -25,6 +28,8 @@ def _backward(
     path, _ = capabilities.aten_path(features)
     if path == "sdpa":
         return [*sdpa.backward(dout, d, out, lse, needs), None]
+    if path == "bands":
+        return [*bands.backward(dout, d, out, lse, needs), None]
     return blocked.backward(dout, dlse, d, out, lse, needs)
 
 

@@ -21,7 +21,7 @@ _ROWS, _LEAST_ROWS, _KEYS = 256, 16, 256
 _SCORES = 1 << 22  # elements of a block of scores, all heads of the batch together
 
 
-class _Block:
+class Block:
     """Scores and masks of rows [i0, i1) against keys [j0, j1)."""
 
     def __init__(self, d: Operands, i: tuple[int, int], j: tuple[int, int]) -> None:
@@ -38,7 +38,7 @@ class _Block:
         keys = slice(*self.j) if mask.shape[3] > 1 else slice(None)
         return mask[:, :, rows, keys]
 
-    def _hidden(self) -> Tensor | None:
+    def hidden(self) -> Tensor | None:
         """[R, C], True where the window excludes; None where it excludes nothing here."""
         (left, right), (i0, i1), (j0, j1) = self.d.window, self.i, self.j
         offset = self.d.k.shape[1] - self.d.q.shape[1]
@@ -72,7 +72,7 @@ class _Block:
                 z.masked_fill_(~part, -torch.inf)
             else:
                 z += part.to(d.wide)
-        hidden = self._hidden()
+        hidden = self.hidden()
         if hidden is not None:
             z.masked_fill_(hidden, -torch.inf)
         return z, cap
@@ -120,7 +120,7 @@ def _group_sum(a: Tensor, b: Tensor, d: Operands) -> Tensor:
     return folded(a).mT @ folded(b)
 
 
-def _blocks(d: Operands) -> Iterator[tuple[tuple[int, int], list[_Block]]]:
+def _blocks(d: Operands) -> Iterator[tuple[tuple[int, int], list[Block]]]:
     """Rows, and the blocks of keys that any of them sees."""
     batch, rows, heads, _ = d.q.shape
     keys = d.k.shape[1]
@@ -132,7 +132,7 @@ def _blocks(d: Operands) -> Iterator[tuple[tuple[int, int], list[_Block]]]:
         low = 0 if left < 0 else max(0, i0 + keys - rows - left)
         high = keys if right < 0 else min(keys, i[1] + keys - rows + right)
         spans = [(j, min(j + _KEYS, high)) for j in range(low, high, _KEYS)]
-        yield i, [_Block(d, i, span) for span in spans]
+        yield i, [Block(d, i, span) for span in spans]
 
 
 def _heads_first(t: Tensor, wide: torch.dtype) -> Tensor:

@@ -1,6 +1,6 @@
 """What each way of computing attention covers, as one table; docs/attention.md is made from it.
 
-A column is a backend, or for `aten` one of its two paths. An entry is True, or the reason for no,
+A column is a backend, or for `aten` one of its three paths. An entry is True, or the reason for no,
 which predicates, `explain` and error messages quote.
 """
 
@@ -31,6 +31,7 @@ FEATURES: dict[str, str] = {
 COLUMNS: dict[str, str] = {
     "reference": "`reference`",
     "sdpa": "`aten`, SDPA path",
+    "bands": "`aten`, SDPA in bands",
     "blocked": "`aten`, blocked path",
 }
 
@@ -48,9 +49,15 @@ _SDPA_LACKS: dict[str, str] = {
     "gpu": "only SDPA's CPU kernel is called with its log-sum-exp",
 }
 
+# What a mask for some rows at a time makes up for.
+_BANDS_HAVE = ("causal_unequal", "window", "masked_causal")
+
 TABLE: dict[str, dict[str, bool | str]] = {
     "reference": dict.fromkeys(FEATURES, True),
     "sdpa": {name: _SDPA_LACKS.get(name, True) for name in (*FEATURES, "gpu")},
+    "bands": {
+        name: name in _BANDS_HAVE or _SDPA_LACKS.get(name, True) for name in (*FEATURES, "gpu")
+    },
     "blocked": dict.fromkeys(FEATURES, True),
 }
 
@@ -64,9 +71,12 @@ def lacking(column: str, features: frozenset[str]) -> str:
 def aten_path(features: frozenset[str]) -> tuple[str, str]:
     """(column, reason) of the path that `aten` takes. SDPA wherever it covers everything."""
     why = lacking("sdpa", features)
-    if why:
-        return "blocked", f"blocks of queries x keys with an online softmax: {why}"
-    return "sdpa", "torch's SDPA kernel covers every argument"
+    if not why:
+        return "sdpa", "torch's SDPA kernel covers every argument"
+    whole = lacking("bands", features)
+    if not whole:
+        return "bands", f"torch's SDPA kernel on some queries and their keys at a time: {why}"
+    return "blocked", f"blocks of queries x keys with an online softmax: {whole}"
 
 
 def markdown() -> str:
