@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -74,6 +75,38 @@ WITHOUT_BITSANDBYTES = """
     assert "bitsandbytes" not in sys.modules
 """
 
+# The command line in an interpreter that finds no bitsandbytes.
+TRAIN_WITHOUT_BITSANDBYTES = """
+    import sys
+    from importlib.machinery import PathFinder
+
+    class Filtered(PathFinder):
+        @classmethod
+        def find_spec(cls, name, path=None, target=None):
+            if name.partition(".")[0] == "bitsandbytes":
+                return None
+            return super().find_spec(name, path, target)
+
+        @classmethod
+        def find_distributions(cls, context):
+            wanted = context.name != "bitsandbytes"
+            return super().find_distributions(context) if wanted else iter(())
+
+    sys.meta_path[sys.meta_path.index(PathFinder)] = Filtered
+    from importlib.util import find_spec
+
+    assert find_spec("bitsandbytes") is None
+    from lora_kernels.cli import main
+
+    status = main(["train", sys.argv[1], "--quiet", "--json"])
+    assert "bitsandbytes" not in sys.modules
+    sys.exit(status)
+"""
+ARTICLE = (
+    "Shares of the company fell on Monday after it had said that profit would be lower. "
+    "Number {}: the bank expects sales to grow by {} percent in the next year.\n"
+)
+
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory) -> Path:
@@ -133,3 +166,56 @@ def test_the_whole_way(dense, tmp_path):
     with torch.no_grad():
         logits = adapted.eval()(input_ids=tokens).logits
     assert torch.equal(logits, torch.load(tmp_path / "logits.pt"))
+
+
+def test_the_train_command_takes_their_checkpoint(dense, tmp_path):
+    from safetensors.torch import load_file
+
+    from lora_kernels.training import Predictor
+
+    quantized, run = tmp_path / "quantized", tmp_path / "run"
+    nf4 = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    loading = {"dtype": torch.float32, "device_map": "cpu"}
+    transformers.AutoModelForCausalLM.from_pretrained(
+        dense, quantization_config=nf4, **loading
+    ).save_pretrained(quantized)
+    transformers.AutoTokenizer.from_pretrained(dense).save_pretrained(quantized)
+    texts = tmp_path / "texts.txt"
+    texts.write_text("".join(ARTICLE.format(i, i % 7) for i in range(24)))
+    config = {
+        "task": "causal-lm", "method": "qlora", "model": str(quantized), "output": str(run),
+        "precision": "fp32", "data": {"path": str(texts), "max_length": 48},
+        "lora": {"r": 4, "alpha": 8, "targets": ["q_proj", "v_proj"]},
+        "train": {"max_steps": 4, "batch_size": 2, "learning_rate": 1e-3},
+    }  # fmt: skip
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps(config))  # JSON is YAML
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(TRAIN_WITHOUT_BITSANDBYTES), str(file)],
+        capture_output=True, text=True, cwd=ROOT, timeout=900,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["steps"] == 4 and report["after"] < report["before"]
+
+    # PEFT reads the adapter over the same base: as it is read here, and as bitsandbytes reads it.
+    ids = transformers.AutoTokenizer.from_pretrained(dense)(PROMPT, return_tensors="pt").input_ids
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        quantized, quantization_config=lk.QuantConfig(), dtype=torch.float32
+    )
+    with torch.no_grad():
+        alone = base(input_ids=ids).logits
+        adapted = PeftModel.from_pretrained(base, run / "adapter").eval()
+        assert len(lk.apply(adapted).fused) == 60
+        logits = adapted(input_ids=ids).logits
+        assert not torch.equal(logits, alone)
+        assert torch.equal(logits, Predictor(run).model(input_ids=ids).logits)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(quantized, **loading)
+    held = PeftModel.from_pretrained(theirs, run / "adapter").state_dict()
+    stored = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert len(stored) == 120
+    for key, tensor in stored.items():
+        assert torch.equal(held[key.replace(".weight", ".default.weight")], tensor), key
