@@ -11,6 +11,7 @@ from torch.library import opcheck
 import lora_kernels as lk
 from lora_kernels.errors import BackendUnavailableError, InvalidArgumentError
 from lora_kernels.ops import _registry, rope
+from lora_kernels.ops.rope import aten
 from lora_kernels.testing import (
     BudgetExceededError,
     assert_within_budget,
@@ -62,6 +63,14 @@ def test_layouts(backend, layout):
     q, _ = rope(heads_first, None, i.cos, i.sin, backend=backend)
     assert torch.equal(q, rope(i.q, None, i.cos, i.sin, backend=backend)[0])
     assert q.is_contiguous()
+
+
+@pytest.mark.parametrize("tables", ["shared", "batch", "cache"])
+def test_several_chunks_of_positions(monkeypatch, tables):
+    monkeypatch.setattr(aten, "_ELEMENTS", 300)
+    for lead in ((3, 11), (11,)):
+        for R in (16, 6):
+            check_rope(rope_inputs(lead, R=R, tables=tables, dtype=torch.bfloat16), "aten")
 
 
 @pytest.mark.parametrize("table_dtype", [torch.bfloat16, torch.float64], ids=str)

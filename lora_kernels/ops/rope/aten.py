@@ -1,11 +1,16 @@
-"""rope over library calls: each channel of a pair computed into its place in the result, without
-a turned copy of the heads. Formulas: reference.py.
+"""rope over library calls: the second term is added to each channel of a pair in place, without a
+turned copy of the heads, and on the CPU for as many positions at a time as stay in its cache.
+Formulas: reference.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+_ELEMENTS = 1 << 17  # of a chunk: two fp32 copies of it fit the second-level cache
 
 
 def _pairs(x: Tensor, rotated: int, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -22,23 +27,34 @@ def _rotate(
 ) -> list[Tensor]:  # fmt: skip
     wide = torch.float64 if heads[0].dtype == torch.float64 else torch.float32
     rotated = cos.shape[-1]
-    tables = []
-    for table in (cos, sin):
-        rows = table if position_ids is None else table[position_ids]
-        tables.append(_pairs(rows.to(wide).unsqueeze(-2), rotated, interleaved))
-    (c1, c2), (s1, s2) = tables
-    if inverse:
-        s1, s2 = -s2, -s1
+    c, s = (
+        (t if position_ids is None else t[position_ids]).to(wide).unsqueeze(-2) for t in (cos, sin)
+    )
     outs = []
     for x in heads:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        x1, x2 = (t.to(wide) for t in _pairs(x, rotated, interleaved))
-        y1, y2 = _pairs(out, rotated, interleaved)
-        y1.copy_(torch.addcmul(x1 * c1, x2, s1, value=-1.0))
-        y2.copy_(torch.addcmul(x2 * c2, x1, s2))
+        step = x.shape[-3] if x.is_cuda else _ELEMENTS // max(1, x[..., :1, :, :rotated].numel())
+        for some in _chunks(x.shape[-3], max(1, step)):
+            part = x[..., some, :, :rotated].to(wide)
+            x1, x2 = _pairs(part, rotated, interleaved)
+            s1, s2 = _pairs(s[..., some, :, :], rotated, interleaved)
+            y = part * c[..., some, :, :]
+            y1, y2 = _pairs(y, rotated, interleaved)
+            if inverse:
+                y1.addcmul_(x2, s2)
+                y2.addcmul_(x1, s1, value=-1.0)
+            else:
+                y1.addcmul_(x2, s1, value=-1.0)
+                y2.addcmul_(x1, s2)
+            out[..., some, :, :rotated] = y
         out[..., rotated:] = x[..., rotated:]
         outs.append(out)
     return outs
+
+
+def _chunks(positions: int, step: int) -> Iterator[slice]:
+    for begin in range(0, positions, step):
+        yield slice(begin, begin + step)
 
 
 def rope_fwd(

@@ -60,7 +60,7 @@ def supports(backend: str, problem: RopeProblem) -> tuple[bool, str]:
     if backend == "reference":
         return True, "plain PyTorch, the rotated copy spelled out"
     if backend == "aten":
-        return True, "element-wise library calls, each half written in place"
+        return True, "element-wise library calls, no turned copy of the heads"
     return False, f"{OP} has no {backend} kernels"
 
 
