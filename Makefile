@@ -5,7 +5,9 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-PYTEST_ARGS ?=
+# Two processes that share the cores without spinning on them; a file stays in one of them.
+PYTEST_ARGS ?= -n 2 --dist loadfile
+export OMP_WAIT_POLICY ?= passive
 
 BIN := $(VENV)/bin
 # gpu-check builds nothing: the Python that was asked for, else that of .venv where there is one.
