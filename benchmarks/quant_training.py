@@ -119,14 +119,14 @@ def chart(result: dict[str, Any]) -> bytes:
         axes.plot(
             [p["step"] for p in row["curve"]], [p["perplexity"] for p in row["curve"]],
             marker="o", markersize=4, color=COLORS[name],
-            linestyle="--" if name == "bf16" else "-",
+            linestyle="--" if name == "bf16" else "-", zorder=3 if name == "bf16" else 2,
             label=f"{LABELS[name]}, {per:.2f} bytes per weight",
         )  # fmt: skip
     axes.set_xlabel(f"training step ({result['batch']} × {result['length']} tokens each)")
     axes.set_ylabel("perplexity of held-out articles")
-    axes.set_title("SmolLM2-135M-Instruct, LoRA of rank "
-                   f"{result['rank']} over bases of four formats" if len(result["rows"]) == 4
-                   else f"LoRA of rank {result['rank']}", fontsize=11)  # fmt: skip
+    axes.set_title(
+        f"SmolLM2-135M-Instruct: LoRA of rank {result['rank']}, by format of the base", fontsize=11
+    )
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.tight_layout()
