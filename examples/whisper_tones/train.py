@@ -74,9 +74,8 @@ def main() -> None:
     report = None if options.stock else lk.apply(model)
     train(model, options.steps, 2e-3, options.noise)
     after = error_rate(model, options.noise)
-    print(
-        f"{len(report.fused)} of {len(report.layers)} layers fused, {clean:.3f} wrong without noise"
-    )
+    how = f"{len(report.fused)} of {len(report.layers)} layers fused" if report else "stock PEFT"
+    print(f"{how}; without noise {clean:.3f} of the tones were wrong")
     print(f"share of wrong tones in noise {before:.3f} -> {after:.3f}")
 
 
