@@ -193,6 +193,15 @@ def test_autocast():
     assert torch.equal(out, attention(*low, sinks=i.sinks))
 
 
+def test_shapes_on_the_meta_device():
+    i = attention_inputs(Hk=2, Dv=24)
+    q, k, v = (t.to("meta").requires_grad_() for t in (i.q, i.k, i.v))
+    out, lse = attention(q, k, v, return_lse=True)
+    assert out.shape == (2, 9, 4, 24) and lse.shape == (2, 4, 9)
+    out.sum().backward()
+    assert k.grad.shape == k.shape
+
+
 def test_a_recomputed_forward_drops_the_same(backend):
     i = attention_inputs(S=30)
     q = i.q.requires_grad_()

@@ -80,7 +80,11 @@ def attention(
         causal=causal, scale=scale, window=window, softcap=softcap, dropout_p=dropout_p,
         return_lse=return_lse, deterministic=deterministic,
     )  # fmt: skip
-    autocast = isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type)
+    autocast = (
+        isinstance(q, Tensor)
+        and q.device.type != "meta"
+        and torch.is_autocast_enabled(q.device.type)
+    )
     validate.check_tensors(q, k, v, sinks, attn_mask, alibi_slopes, autocast)
     validate.check_packing(q, k, attn_mask, cu_seqlens, cu_seqlens_k)
     batch = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
