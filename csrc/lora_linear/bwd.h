@@ -107,7 +107,7 @@ void bwd(const BwdParams& p, Grid grid, int thread, void* workspace) {
   bool need_ds = p.dx != nullptr;
   for (int g = 0; g < p.members; ++g) need_ds = need_ds || p.member[g].da != nullptr;
   Arena arena(workspace);
-  BwdBuffers<E> buf(p, own.end - own.begin, arena);
+  BwdBuffers<E> buf(p, strips_per_thread<E>(p.m, grid), arena);
   for (int64_t c0 = own.begin; c0 < own.end; c0 += buf.strips) {
     const int64_t c1 = std::min(c0 + buf.strips, own.end);
     const int64_t row0 = c0 * E::MR, chunk_rows = std::min(c1 * E::MR, p.m) - row0;

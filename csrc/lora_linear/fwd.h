@@ -50,7 +50,7 @@ void fwd(const FwdParams& p, Grid grid, int thread, void* workspace) {
   const int64_t all_strips = (p.m + E::MR - 1) / E::MR;
   const Range own = share(all_strips, thread / grid.threads_n, grid.threads_m);
   Arena arena(workspace);
-  FwdBuffers<E> buf(p, own.end - own.begin, arena);
+  FwdBuffers<E> buf(p, strips_per_thread<E>(p.m, grid), arena);
   for (int64_t c0 = own.begin; c0 < own.end; c0 += buf.strips) {
     const int64_t c1 = std::min(c0 + buf.strips, own.end);
     for (int64_t i = c0; i < c1; ++i) {

@@ -123,6 +123,14 @@ int64_t chunk_strips(int64_t max_strips) {
   return chunks == 0 ? 1 : (max_strips + chunks - 1) / chunks;
 }
 
+// The most strips that a thread has. Chunks are made from this number and not from a thread's own:
+// fewer strips may give fewer and larger chunks than the workspace was measured for.
+template <class E>
+int64_t strips_per_thread(int64_t m, Grid grid) {
+  const int64_t strips = (m + E::MR - 1) / E::MR;
+  return (strips + grid.threads_m - 1) / grid.threads_m;
+}
+
 // fp32 sums of one panel; none where one block of k covers everything.
 template <class E>
 int64_t panel_floats(int64_t strips, int64_t k) {

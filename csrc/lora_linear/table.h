@@ -36,12 +36,6 @@ void pack_b_any(Dtype dtype, const void* src, int64_t ld, int64_t k, int64_t n, 
 }
 
 template <class E>
-int64_t strips_per_thread(int64_t m, Grid grid) {
-  const int64_t strips = (m + E::MR - 1) / E::MR;
-  return (strips + grid.threads_m - 1) / grid.threads_m;
-}
-
-template <class E>
 int64_t fwd_workspace(const FwdParams& p, Grid grid) {
   Arena arena(nullptr);
   FwdBuffers<E>(p, strips_per_thread<E>(p.m, grid), arena);

@@ -54,6 +54,15 @@ def check(*args, **kwargs) -> None:
         check_lora_linear(lora_linear_inputs(*args, **kwargs), "cpu", "xab")
 
 
+@pytest.mark.parametrize("rows", [513, 545, 1057, 4097])
+def test_threads_with_unequal_rows(isa, threads, rows):
+    """One strip of rows more can change the number of chunks, of that thread alone."""
+    torch.set_num_threads(2)
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = lora_linear_inputs(rows, 96, 72, 16, dtype, dropout_p=0.1)
+        check_lora_linear(inputs, "cpu")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("m", "k", "n", "r"),
