@@ -19,7 +19,8 @@ class LoRATrainer(CheckpointedTrainer):
     Takes every argument of ``transformers.Trainer``, and:
 
     Args:
-        kernels: call :func:`lora_kernels.apply` on the model; False leaves it as PEFT built it.
+        kernels: call :func:`lora_kernels.apply` on the model, its loss included; False leaves it as
+            PEFT built it.
         loraplus_ratio: B learns this many times faster than A (LoRA+, Hayou et al., 2024); None:
             equally fast.
 
@@ -42,7 +43,7 @@ class LoRATrainer(CheckpointedTrainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         assert self.model is not None  # the base class refuses to be built without one
-        self.kernel_report = lk.apply(self.model) if kernels else None
+        self.kernel_report = lk.apply(self.model, fused_loss=True) if kernels else None
         self.loraplus_ratio = loraplus_ratio
         self.evaluated: Any = self.eval_dataset
         self._examples = 0
