@@ -7,7 +7,6 @@ PYTHON ?= python3
 VENV ?= .venv
 # Two processes that share the cores without spinning on them; a file stays in one of them.
 PYTEST_ARGS ?= -n 2 --dist loadfile
-export OMP_WAIT_POLICY ?= passive
 
 BIN := $(VENV)/bin
 # gpu-check builds nothing: the Python that was asked for, else that of .venv where there is one.
@@ -65,6 +64,8 @@ $(STAMPS)/examples: requirements/examples.txt $(STAMPS)/built
 
 examples: $(STAMPS)/examples
 	$(BIN)/python examples/jobs.py --short
+
+test test-all: export OMP_WAIT_POLICY = passive
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
