@@ -6,44 +6,17 @@ mask, no dropped copy, no dequantized weight. Nothing saved is ever written.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_kernels.ops._differentiable_once import differentiable_once
 from lora_kernels.ops.quant_linear import contract
 
-Backward = Callable[..., "tuple[Tensor | None, ...]"]
-
-
-class _RefuseSecondDerivative(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        raise NotImplementedError(
-            "quant_linear: second derivatives are not implemented; leave out create_graph=True, "
-            "or use torch.nn.functional.linear on the dequantized weight"
-        )
-
-
-def _differentiable_once(backward: Backward) -> Backward:
-    """With create_graph, gradients that raise when they are differentiated."""
-
-    def first_only(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
-            outputs = backward(ctx, *grads)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return outputs
-        return tuple(
-            None if t is None else _RefuseSecondDerivative.apply(t.requires_grad_())
-            for t in outputs
-        )
-
-    return first_only
+_once = differentiable_once(
+    "quant_linear", "use torch.nn.functional.linear on the dequantized weight"
+)
 
 
 class QuantLinearFunction(torch.autograd.Function):
@@ -81,7 +54,7 @@ class QuantLinearFunction(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
-    @_differentiable_once
+    @_once
     def backward(ctx: Any, dy: Tensor, _ds: Tensor) -> tuple[Tensor | None, ...]:
         x, lora_a, lora_b, s, seed, run_time, *parts = ctx.saved_tensors
         spec, scaling, dropout_p, backend = ctx.constants
