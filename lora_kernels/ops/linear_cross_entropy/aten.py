@@ -16,15 +16,7 @@ def supports(problem: object) -> tuple[bool, str]:
     return True, "library GEMMs, some rows of logits at a time"
 
 
-class _Rows:
-    """`rows_to_losses` of one set of options."""
-
-    def __init__(
-        self, ignore_index: int, label_smoothing: float, softcap: float, z_loss: float
-    ) -> None:
-        self.ignore_index, self.smoothing = ignore_index, label_smoothing
-        self.softcap, self.z_loss = softcap, z_loss
-
+class _Rows(chunks.ChunkedRows):
     def __call__(
         self, z: Tensor, labels: Tensor, coefficients: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
@@ -57,43 +49,4 @@ class _Rows:
         return losses, dz.to(dtype)
 
 
-def linear_cross_entropy_fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    bias: Tensor | None,
-    scaling: float,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float,
-    z_loss: float,
-) -> Tensor:
-    """Losses [M], fp32 (fp64 for fp64 inputs)."""
-    return chunks.run(
-        hidden, weight, labels, lora_a, lora_b, bias, scaling, ignore_index, None, [False] * 5,
-        _Rows(ignore_index, label_smoothing, softcap, z_loss),
-    )[0]  # fmt: skip
-
-
-def linear_cross_entropy_grad(
-    coefficients: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    bias: Tensor | None,
-    scaling: float,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float,
-    z_loss: float,
-    needs: list[bool],
-) -> tuple[Tensor, list[Tensor]]:
-    """Losses [M] and the gradients that `needs` names (hidden, weight, A, B, bias)."""
-    return chunks.run(
-        hidden, weight, labels, lora_a, lora_b, bias, scaling, ignore_index, coefficients, needs,
-        _Rows(ignore_index, label_smoothing, softcap, z_loss),
-    )  # fmt: skip
+linear_cross_entropy_fwd, linear_cross_entropy_grad = chunks.backend_pair(_Rows)

@@ -100,6 +100,52 @@ class Gradients:
         return grads
 
 
+class ChunkedRows:
+    """`rows_to_losses` of one set of options; a backend's own subclass is called per chunk."""
+
+    def __init__(
+        self, ignore_index: int, label_smoothing: float, softcap: float, z_loss: float
+    ) -> None:
+        self.ignore_index, self.smoothing = ignore_index, label_smoothing
+        self.softcap, self.z_loss = softcap, z_loss
+
+    def __call__(
+        self, z: Tensor, labels: Tensor, coefficients: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        raise NotImplementedError
+
+
+def backend_pair(
+    rows: type[ChunkedRows],
+) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, list[Tensor]]]]:
+    """The two functions that contract.py calls, over chunks that `rows` turns into losses."""
+
+    def linear_cross_entropy_fwd(
+        hidden: Tensor, weight: Tensor, labels: Tensor, lora_a: Tensor | None,
+        lora_b: Tensor | None, bias: Tensor | None, scaling: float, ignore_index: int,
+        label_smoothing: float, softcap: float, z_loss: float,
+    ) -> Tensor:  # fmt: skip
+        """Losses [M], fp32 (fp64 for fp64 inputs)."""
+        return run(
+            hidden, weight, labels, lora_a, lora_b, bias, scaling, ignore_index, None,
+            [False] * 5, rows(ignore_index, label_smoothing, softcap, z_loss),
+        )[0]  # fmt: skip
+
+    def linear_cross_entropy_grad(
+        coefficients: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor,
+        lora_a: Tensor | None, lora_b: Tensor | None, bias: Tensor | None, scaling: float,
+        ignore_index: int, label_smoothing: float, softcap: float, z_loss: float,
+        needs: list[bool],
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+        """Losses [M] and the gradients that `needs` names (hidden, weight, A, B, bias)."""
+        return run(
+            hidden, weight, labels, lora_a, lora_b, bias, scaling, ignore_index, coefficients,
+            needs, rows(ignore_index, label_smoothing, softcap, z_loss),
+        )  # fmt: skip
+
+    return linear_cross_entropy_fwd, linear_cross_entropy_grad
+
+
 def _wide(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 

@@ -26,61 +26,17 @@ def supports(problem: LinearCrossEntropyProblem) -> tuple[bool, str]:
     return True, f"{module.linear_cross_entropy_engine(problem.dtype)} kernels"
 
 
-class _Rows:
-    """`rows_to_losses` of one set of options."""
-
-    def __init__(
-        self, ignore_index: int, label_smoothing: float, softcap: float, z_loss: float
-    ) -> None:
-        self.options = (ignore_index, label_smoothing, softcap, z_loss)
-        self.module, _ = backend.load()
-
+class _Rows(chunks.ChunkedRows):
     def __call__(
         self, z: Tensor, labels: Tensor, coefficients: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        assert self.module is not None
+        module, _ = backend.load()
+        assert module is not None
         g = None if coefficients is None else coefficients.float().contiguous()
-        losses = self.module.linear_cross_entropy_rows(z, labels.contiguous(), g, *self.options)
+        losses = module.linear_cross_entropy_rows(
+            z, labels.contiguous(), g, self.ignore_index, self.smoothing, self.softcap, self.z_loss
+        )
         return losses, None if g is None else z
 
 
-def linear_cross_entropy_fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    bias: Tensor | None,
-    scaling: float,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float,
-    z_loss: float,
-) -> Tensor:
-    """Losses [M], fp32."""
-    return chunks.run(
-        hidden, weight, labels, lora_a, lora_b, bias, scaling, ignore_index, None, [False] * 5,
-        _Rows(ignore_index, label_smoothing, softcap, z_loss),
-    )[0]  # fmt: skip
-
-
-def linear_cross_entropy_grad(
-    coefficients: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    bias: Tensor | None,
-    scaling: float,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float,
-    z_loss: float,
-    needs: list[bool],
-) -> tuple[Tensor, list[Tensor]]:
-    """Losses [M] and the gradients that `needs` names (hidden, weight, A, B, bias)."""
-    return chunks.run(
-        hidden, weight, labels, lora_a, lora_b, bias, scaling, ignore_index, coefficients, needs,
-        _Rows(ignore_index, label_smoothing, softcap, z_loss),
-    )  # fmt: skip
+linear_cross_entropy_fwd, linear_cross_entropy_grad = chunks.backend_pair(_Rows)
