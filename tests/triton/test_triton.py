@@ -1,4 +1,8 @@
-"""Runs the Triton suites in processes of their own: a process interprets or compiles, not both."""
+"""Runs the Triton suites in processes of their own: a process interprets or compiles, not both.
+
+Every suite_interpreter_<op>.py and suite_ahead_of_time_<op>.py beside this file is run, its slow
+tests apart; a suite without slow tests says so.
+"""
 
 from __future__ import annotations
 
@@ -14,45 +18,48 @@ from lora_kernels._backends import triton as backend
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+NOTHING_COLLECTED = 5
+SUITES = sorted(path.stem for path in HERE.glob("suite_*_*.py"))
 module, reason = backend.load()
 pytestmark = pytest.mark.skipif(module is None, reason=reason)
 
 
-def run(suite: str, folder: Path, select: str, **environment: str) -> str:
+def run(suite: str, folder: Path, select: str) -> str:
     """The closing line of pytest on `suite`; fails with its output."""
+    interpret = {"TRITON_INTERPRET": "1"} if suite.startswith("suite_interpreter_") else {}
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", select,
-        "-W", "ignore::DeprecationWarning", str(HERE / suite),
+        "-W", "ignore::DeprecationWarning", str(HERE / f"{suite}.py"),
     ]  # fmt: skip
     done = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, timeout=3600,
+        command, capture_output=True, text=True, cwd=ROOT, timeout=7200,
         env={
             **{k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "PYTEST_"))},
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             "TRITON_CACHE_DIR": str(folder),
             "TRITON_DEFAULT_FP_FUSION": "1",  # unset, triton 3.9 warns that this default will go
-            **environment,
+            **interpret,
         },
     )  # fmt: skip
     lines = done.stdout.strip().splitlines()
+    if select == "slow" and done.returncode == NOTHING_COLLECTED:
+        pytest.skip(f"{suite} has no slow tests")
     assert done.returncode == 0, "\n".join(lines[-80:]) + done.stderr[-2000:]
     assert re.search(r"\d+ passed", lines[-1]), lines[-1]
     return lines[-1]
 
 
-def test_interpreter(tmp_path):
-    print(run("suite_interpreter.py", tmp_path, "not slow", TRITON_INTERPRET="1"))
+def test_every_suite_is_of_a_known_kind():
+    known = ("suite_interpreter_", "suite_ahead_of_time_")
+    assert SUITES and all(suite.startswith(known) for suite in SUITES), SUITES
 
 
-def test_ahead_of_time(tmp_path):
-    print(run("suite_ahead_of_time.py", tmp_path, "not slow"))
-
-
-@pytest.mark.slow
-def test_interpreter_on_larger_shapes(tmp_path):
-    print(run("suite_interpreter.py", tmp_path, "slow", TRITON_INTERPRET="1"))
+@pytest.mark.parametrize("suite", SUITES)
+def test_suite(suite, tmp_path):
+    print(run(suite, tmp_path, "not slow"))
 
 
 @pytest.mark.slow
-def test_every_configuration_ahead_of_time(tmp_path):
-    print(run("suite_ahead_of_time.py", tmp_path, "slow"))
+@pytest.mark.parametrize("suite", SUITES)
+def test_slow_tests_of_suite(suite, tmp_path):
+    print(run(suite, tmp_path, "slow"))
