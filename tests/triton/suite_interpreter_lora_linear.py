@@ -19,6 +19,7 @@ from triton.runtime.errors import InterpreterError
 
 from lora_kernels.errors import BackendUnavailableError
 from lora_kernels.ops._philox import keep_mask, keep_scale, threshold
+from lora_kernels.ops._triton_philox import keep_tile, philox_words
 from lora_kernels.ops.lora_linear import (
     configs,
     lora_linear,
@@ -27,7 +28,6 @@ from lora_kernels.ops.lora_linear import (
     triton_shrink,
 )
 from lora_kernels.ops.lora_linear import triton as host
-from lora_kernels.ops.lora_linear.triton_philox import keep_tile, philox_words
 from lora_kernels.testing import (
     LAYOUTS,
     BudgetExceededError,
@@ -208,9 +208,9 @@ def test_rows_more_than_two_billion_elements_apart(monkeypatch):
 
 
 @pytest.mark.parametrize("seed", [0, 2**31 + 5, 2**62 + 12345])
-@pytest.mark.parametrize("columns", [32, 128, 256])
+@pytest.mark.parametrize("columns", [32, 64, 128, 256])
 def test_mask_is_that_of_the_other_backends(seed, columns):
-    rows, first = 32, 0 if columns == 32 else 128
+    rows, first = 32, 0 if columns == 32 else columns % 128 or 128
     out = torch.zeros(rows, columns, dtype=torch.int8)
     _store_mask[(1,)](out, torch.tensor(seed), 7, first, 3, threshold(0.4), rows, columns)
     want = keep_mask(torch.tensor(seed), 7 + rows, first + columns, 0.4, 3)[7:, first:]

@@ -25,7 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.lora_linear.triton_philox import keep_tile
+from lora_kernels.ops._triton_philox import keep_tile
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_split"])

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""Keep masks of the counter-based dropout inside Triton kernels.
+"""Keep masks of the counter-based dropout inside the Triton kernels of every op.
 
 Definition: lora_kernels/ops/_philox.py (Philox4x32-7; Salmon et al., SC 2011). Element (row m,
 column k) of group member `stream` has
@@ -59,8 +59,8 @@ def keep_of_word(word, threshold):
 @triton.jit
 def keep_tile(seed, rows, first, stream, threshold, R: tl.constexpr, C: tl.constexpr):
     """Keep mask [R, C], int1, of rows [R] and the C columns from `first` on: 32 columns from a
-    multiple of 32, or a multiple of 128 columns from a multiple of 128."""
-    counters: tl.constexpr = 16 if C == 32 else C // 8
+    multiple of 32, 64 from a multiple of 64, or a multiple of 128 from a multiple of 128."""
+    counters: tl.constexpr = C // 8 if C >= 128 else 16
     lane = (16 * (first // 128) + tl.arange(0, counters)).to(tl.uint32)
     w0, w1, w2, w3 = philox_words(seed, lane[None, :], rows.to(tl.uint32)[:, None], stream)
     if C == 32:  # one word of each counter; the other three belong to other tiles
@@ -68,6 +68,11 @@ def keep_tile(seed, rows, first, stream, threshold, R: tl.constexpr, C: tl.const
         low = tl.where(word == 0, w0, w1)
         high = tl.where(word == 2, w2, w3)
         return keep_of_word(tl.where(word < 2, low, high), threshold)
+    elif C == 64:  # two words of each counter
+        lower = first % 128 == 0
+        k0 = keep_of_word(tl.where(lower, w0, w2), threshold).to(tl.int8)
+        k1 = keep_of_word(tl.where(lower, w1, w3), threshold).to(tl.int8)
+        return tl.reshape(tl.permute(tl.join(k0, k1), (0, 2, 1)), (R, C)) != 0
     else:
         # Bytes, not int32, where a layout makes the tile go through shared memory.
         k0 = tl.reshape(keep_of_word(w0, threshold).to(tl.int8), (R, C // 128, 32))
