@@ -1,7 +1,8 @@
-"""The GPU kernels of csrc/lora_linear/cuda, built by the host compiler against the emulator.
+"""The GPU kernels of csrc/*/cuda, built by the host compiler against the emulator.
 
-The same .cu files that nvcc compiles; csrc/common/emulator stands for the GPU. The shared library
-is kept in build/emulator under the hash of its sources, so a second run builds nothing.
+The same .cu files that nvcc compiles; csrc/common/emulator stands for the GPU. A library holds the
+kernels of lora_linear and of the ops that are asked for. Objects and libraries are kept in
+build/emulator under the hash of what they are made of, so a second run builds nothing.
 """
 
 from __future__ import annotations
@@ -103,17 +104,17 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
-def _units() -> list[Path]:
-    listed = (CSRC / "lora_linear/cuda/sources.txt").read_text().splitlines()
-    kernels = [CSRC / "lora_linear/cuda" / line for line in listed if line and line[0] != "#"]
+def _units(ops: tuple[str, ...]) -> list[Path]:
+    rows = [line.split() for line in (CSRC / "sources.txt").read_text().splitlines()]
+    kernels = [CSRC / row[1] for row in rows if row[:1] == ["cuda"] and row[1].split("/")[0] in ops]
     emulator = sorted((CSRC / "common/emulator").glob("*.cpp"))
     return [*kernels, *emulator, *sorted((ROOT / "tests/csrc/emulator").glob("*.cpp"))]
 
 
-def _sources() -> list[Path]:
-    """The units and every project header that they include, however deep."""
+def _with_headers(unit: Path) -> list[Path]:
+    """The unit and every project header that it includes, however deep."""
     found: list[Path] = []
-    queue = _units()
+    queue = [unit]
     while queue:
         path = queue.pop()
         if path in found:
@@ -125,21 +126,28 @@ def _sources() -> list[Path]:
     return sorted(found)
 
 
-def _content_hash(cxx: str) -> str:
+def _content_hash(cxx: str, unit: Path) -> str:
     digest = hashlib.sha256(" ".join([cxx, *FLAGS]).encode())
-    for path in _sources():
+    for path in _with_headers(unit):
         digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _run(command: list[str]) -> None:
+def _make(target: Path, command: list[str]) -> None:
+    """`command` with ``-o target``; the file appears complete or not at all."""
+    handle, unfinished = tempfile.mkstemp(dir=target.parent, suffix=".part")
+    os.close(handle)
+    command = [*command, "-o", unfinished]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
+        os.unlink(unfinished)
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+    os.replace(unfinished, target)
 
 
-def build() -> Path:
-    """Path of the shared library, built where there is none for these sources."""
+def build(*ops: str) -> Path:
+    """Path of the shared library with lora_linear and `ops`, built where there is none for these
+    sources."""
     cxx = compiler()
     if cxx is None:
         raise FileNotFoundError("no C++ compiler; install g++ or set CXX")
@@ -148,28 +156,25 @@ def build() -> Path:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError:
         cache = Path(tempfile.gettempdir())
-    library = cache / f"emulator-{_content_hash(cxx)}.so"
-    if library.exists():
-        return library
-    with tempfile.TemporaryDirectory() as scratch:
 
-        def compile_unit(unit: Path) -> str:
-            target = str(Path(scratch) / f"{unit.stem}.o")
-            _run([cxx, *FLAGS, "-x", "c++", "-c", str(unit), "-o", target])
-            return target
+    def compile_unit(unit: Path) -> Path:
+        target = cache / f"{unit.stem}-{_content_hash(cxx, unit)}.o"
+        if not target.exists():
+            _make(target, [cxx, *FLAGS, "-x", "c++", "-c", str(unit)])
+        return target
 
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            objects = list(pool.map(compile_unit, _units()))
-        handle, unfinished = tempfile.mkstemp(dir=cache, suffix=".part")
-        os.close(handle)
-        _run([cxx, "-shared", "-o", unfinished, *objects])
-        os.replace(unfinished, library)
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        objects = [str(o) for o in pool.map(compile_unit, _units(("lora_linear", *ops)))]
+    digest = hashlib.sha256(" ".join(objects).encode()).hexdigest()[:16]
+    library = cache / f"emulator-{digest}.so"
+    if not library.exists():
+        _make(library, [cxx, "-shared", *objects])
     return library
 
 
-def load() -> ctypes.CDLL:
+def load(*ops: str) -> ctypes.CDLL:
     """The library with its entries declared; raises when a layout differs from params.h."""
-    library = ctypes.CDLL(str(build()))
+    library = ctypes.CDLL(str(build(*ops)))
     for name, params in PARAMS.items():
         size = getattr(library, f"lk_sizeof_{name}")
         size.restype = ctypes.c_size_t
