@@ -18,7 +18,7 @@ from lora_kernels.ops import _dispatch
 from lora_kernels.ops.quant_linear import formats
 from lora_kernels.ops.quant_linear.formats import FLOATS, QuantSpec, parts_of
 
-BACKENDS = ("reference", "aten", "cpu")
+BACKENDS = ("reference", "aten", "cpu", "triton")
 # Names that quantize and explain take, and the (format, layout) they stand for.
 FORMAT_NAMES: dict[str, tuple[str, str]] = {
     "nf4": ("nf4", formats.FLAT),
@@ -120,6 +120,11 @@ def _cpu() -> tuple[ModuleType | None, str]:
     return importlib.import_module("lora_kernels.ops.quant_linear.cpu"), ""
 
 
+@functools.cache
+def _triton() -> ModuleType:
+    return importlib.import_module("lora_kernels.ops.quant_linear.triton")
+
+
 def supports(backend: str, problem: QuantLinearProblem) -> tuple[bool, str]:
     """Can this backend run this problem; the reason is for people."""
     if backend == "reference":
@@ -129,6 +134,9 @@ def supports(backend: str, problem: QuantLinearProblem) -> tuple[bool, str]:
     if backend == "cpu":
         module, why = _cpu()
         return (False, why) if module is None else module.supports(problem)
+    if backend == "triton":
+        able, why = _triton().supports(problem)
+        return bool(able), str(why)
     return False, f"quant_linear has no {backend} kernels"
 
 
