@@ -1,5 +1,7 @@
 """The same training with stock PEFT in a second process; the protocol is a line of JSON each way.
 
+Answers have a pipe of their own: libraries print on stdout, some as soon as they are imported.
+
 to the twin      {"config", "precision", "threads", "folder"}, then {} for each turn
 from the twin    {} for each turn, then {"run"} or {"error"}
 """
@@ -36,15 +38,24 @@ class StockTwin:
         folder.mkdir()
         self._messages = folder / "messages.txt"
         search_path = [str(Path(lora_kernels.__file__).parents[1]), os.environ.get("PYTHONPATH")]
-        with self._messages.open("wb") as messages:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "lora_kernels.training.stock_twin"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages, text=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in search_path if p)},
-                start_new_session=True,  # an interrupt reaches the first process, which ends this
-            )  # fmt: skip
+        reading, writing = os.pipe()
+        self._answers = os.fdopen(reading)
+        try:
+            with self._messages.open("wb") as messages:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "lora_kernels.training.stock_twin", str(writing)],
+                    stdin=subprocess.PIPE, stdout=messages, stderr=messages, text=True,
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in search_path if p)},
+                    pass_fds=(writing,),
+                    start_new_session=True,  # an interrupt reaches the first process, which ends it
+                )  # fmt: skip
+        except BaseException:
+            self._answers.close()
+            raise
+        finally:
+            os.close(writing)
         request = {
-            "config": config.to_dict(),
+            "config": {**config.to_dict(), "trackers": []},  # its numbers are in the report
             "precision": precision,
             "threads": torch.get_num_threads(),
             "folder": str(folder),
@@ -58,6 +69,7 @@ class StockTwin:
     def __exit__(self, *error: object) -> None:
         self._process.kill()
         self._process.communicate()
+        self._answers.close()
 
     def result(self) -> Run:
         """Gives the last turn away and waits for the end.
@@ -78,8 +90,7 @@ class StockTwin:
             raise self._failure() from None
 
     def _receive(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        line = self._answers.readline()
         if not line:
             raise self._failure()
         message: dict[str, Any] = json.loads(line)
@@ -107,9 +118,7 @@ def _serve() -> None:
     from lora_kernels.training.quiet import cpu_threads, quiet_libraries
     from lora_kernels.training.tasks import task_class
 
-    # Whatever a library prints goes to the messages, not into the protocol.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    answers = os.fdopen(int(sys.argv[1]), "w")
 
     def take() -> None:
         if not sys.stdin.readline():

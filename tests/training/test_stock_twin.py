@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -57,6 +58,19 @@ def test_waiting_is_not_timed(tiny_model: Path, texts_csv: Path, tmp_path: Path)
         run = twin.result()
     assert len(run.step_seconds) == len(run.losses) == 2
     assert run.seconds < 1.0 and run.layers == [] and run.before is None
+
+
+def test_what_libraries_print_is_no_answer(
+    tiny_model: Path, texts_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text("print('[INFO] at your service')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"), prepend=os.pathsep)
+    config = read_config(tiny_config(tiny_model, texts_csv, tmp_path / "run", max_steps=1))
+    with StockTwin(config, "fp32", tmp_path / "twin") as twin:
+        twin.turns.on_step_begin(None, None, None)
+        assert twin.result().steps == 1
+    assert "at your service" in (tmp_path / "twin" / "messages.txt").read_text()
 
 
 def test_failure_of_the_second_process_is_told(

@@ -100,6 +100,8 @@ class CausalLM(Task):
             return []
         pieces = [self._piece(example, tokenizer) for example in examples]
         pieces = self._shorten(split, pieces)
+        if not pieces:  # no text has two tokens
+            return []
         if self.packing == "stream":
             return cut_stream(pieces, self.max_length)
         if self.packing == "documents":
