@@ -10,6 +10,7 @@ pytest.importorskip("peft")
 from peft_models import Calls
 
 from lora_kernels.integrations.peft import fallback, linear
+from lora_kernels.modules import layer_group
 
 
 @pytest.fixture
@@ -20,7 +21,15 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         calls.count += 1
         return op(*args, **kwargs)
 
+    grouped = layer_group.grouped_lora_linear
+
+    def counted_group(*args: object, **kwargs: object) -> list[torch.Tensor]:
+        ys = grouped(*args, **kwargs)
+        calls.count += len(ys)
+        return ys
+
     monkeypatch.setattr(linear, "lora_linear", counted)
+    monkeypatch.setattr(layer_group, "grouped_lora_linear", counted_group)
     return calls
 
 

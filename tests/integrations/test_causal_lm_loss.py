@@ -242,14 +242,15 @@ def test_copies_and_pickles_compute_the_same():
 
 def test_apply_takes_the_loss_on_request():
     model = lora(build("llama"))
-    assert lk.apply(model).groups == []
+    loss = "linear_cross_entropy"
+    assert not [g for g in lk.apply(model).groups if g["kind"] == loss]
     assert not isinstance(model(**batch()).logits, DeferredLogits)
     with lk.applied(model, fused_loss=True) as report:
-        (group,) = report.groups
-        assert group["kind"] == "linear_cross_entropy" and group["status"] == "fused"
+        (group,) = [g for g in report.groups if g["kind"] == loss]
+        assert group["status"] == "fused"
         assert group["name"].endswith("lm_head")
         assert isinstance(model(**batch()).logits, DeferredLogits)
-        assert report.to_dict()["groups"] == [group]
+        assert group in report.to_dict()["groups"]
     assert not isinstance(model(**batch()).logits, DeferredLogits)
     layers = len(lk.apply(model, fused_loss=True).layers)
     assert lk.unapply(model) == layers + 1

@@ -40,7 +40,9 @@ def test_report_of_a_model() -> None:
     report = lk.apply(_mixed())
     as_dict = report.to_dict()
     assert json.loads(json.dumps(as_dict)) == as_dict
-    assert as_dict["groups"] == []
+    assert [g["members"] for g in as_dict["groups"]] == 2 * [
+        ["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"],
+    ]  # fmt: skip
     embedding, *linears = as_dict["layers"]
     assert embedding == {
         "name": "base_model.model.model.embed_tokens",
@@ -59,7 +61,9 @@ def test_report_of_a_model() -> None:
 def test_report_table_joins_equal_blocks() -> None:
     lines = str(lk.apply(_mixed())).splitlines()
     assert lines[0].split() == ["layers", "status", "backend", "name", "reason"]
-    assert len(lines) == 1 + 1 + 7 + 1  # header, embedding, the linears of a block, summary
+    # header, embedding, the linears of a block, its groups, summary
+    assert len(lines) == 1 + 1 + 7 + 2 + 1
+    assert lines[9].endswith("layers.*.self_attn: q_proj, k_proj, v_proj: computed together")
     (down,) = (line.split() for line in lines if "down_proj" in line)
     assert (down[0], down[1], down[3]) == (
         "2",

@@ -45,11 +45,12 @@ def test_fullgraph(family: str) -> None:
     if family != "t5":  # which makes the decoder's input of them
         del inputs["labels"]
     reference, stock = as_fp64(model)(**inputs).logits, model(**inputs).logits
-    lk.apply(model)
+    report = lk.apply(model)
+    saved = sum(len(g["members"]) - 1 for g in report.groups)
     recorder = _Recorder()
     fused = torch.compile(model, fullgraph=True, backend=recorder)(**inputs).logits
     assert len(recorder.graphs) == 1
-    assert recorder.count("lora_linear_fwd") == case.layers
+    assert recorder.count("lora_linear_fwd") == case.layers - saved
     assert_within_budget(fused, reference, stock, "logits")
 
 

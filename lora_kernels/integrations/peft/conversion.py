@@ -15,6 +15,7 @@ from torch import nn
 from lora_kernels.errors import InvalidArgumentError, StrictFallbackError
 from lora_kernels.integrations.peft import eligibility
 from lora_kernels.integrations.peft.fallback import warn_once
+from lora_kernels.integrations.peft.groups import dissolve_groups, form_groups, take_apart
 from lora_kernels.integrations.peft.linear import FusedLoraLinear, FusedQuantLoraLinear
 from lora_kernels.integrations.peft.quant_base import is_quantized, quantized_base
 from lora_kernels.integrations.peft.report import ApplyReport
@@ -23,6 +24,7 @@ from lora_kernels.integrations.transformers.causal_lm_loss import (
     loss_is_fused,
     unfuse_loss,
 )
+from lora_kernels.modules.layer_group import LayerGroup
 from lora_kernels.modules.quant_linear import QuantLinear
 from lora_kernels.modules.report import FUSED, STOCK, LayerReport
 from lora_kernels.ops import _dispatch, explain
@@ -41,7 +43,12 @@ def apply(model: nn.Module, *, fused_loss: bool = False) -> ApplyReport:
     ``torch.func`` transforms run PEFT's forward; double backward raises. A model that is pickled
     whole while fused needs this package to load; adapters saved by PEFT never do.
 
-    ``LORA_KERNELS_DISABLE=apply`` (or ``lora_linear``) leaves every layer stock.
+    Layers that a block of a known class calls with one input (q/k/v, gate/up) are computed
+    together by the first of them that is called; see docs/blocks.md. The report's groups list
+    them, and say why not where not. The same is done for the layers of :func:`replace_modules`.
+
+    ``LORA_KERNELS_DISABLE=apply`` (or ``lora_linear``) leaves every layer stock;
+    ``LORA_KERNELS_DISABLE=grouped_lora_linear`` fuses each layer by itself.
 
     Args:
         fused_loss: causal language models compute the loss of a call with labels by
@@ -68,7 +75,8 @@ def unapply(model: nn.Module) -> int:
     Raises:
         InvalidArgumentError: `model` is not a torch.nn.Module.
     """
-    layers = sum(_to_stock(module) for module in _checked(model).modules())
+    dissolve_groups(_checked(model))
+    layers = sum(_to_stock(module) for module in model.modules())
     return layers + unfuse_loss(model)
 
 
@@ -80,10 +88,12 @@ def applied(model: nn.Module, *, fused_loss: bool = False) -> Iterator[ApplyRepo
         As :func:`apply`.
     """
     before = loss_is_fused(_checked(model))
-    report, changed = _apply(model, fused_loss)
+    report, changed, groups = _apply(model, fused_loss)
     try:
         yield report
     finally:
+        for group in groups:
+            take_apart(group)
         for module in changed:
             _to_stock(module)
         if fused_loss and not before:
@@ -98,7 +108,9 @@ def _checked(model: Any) -> nn.Module:
     return model
 
 
-def _apply(model: nn.Module, fused_loss: bool) -> tuple[ApplyReport, list[nn.Module]]:
+def _apply(
+    model: nn.Module, fused_loss: bool
+) -> tuple[ApplyReport, list[nn.Module], list[LayerGroup]]:
     layers: list[tuple[str, Any]] = [
         (n, m) for n, m in _checked(model).named_modules() if isinstance(m, LoraLayer)
     ]
@@ -120,11 +132,13 @@ def _apply(model: nn.Module, fused_loss: bool) -> tuple[ApplyReport, list[nn.Mod
             changed.append(layer)
         elif not able:
             _to_stock(layer)
+    entries_of_groups, groups = form_groups(model)
+    report.groups.extend(entries_of_groups)
     if fused_loss:
         report.groups.extend(
             {"kind": "linear_cross_entropy", **asdict(entry)} for entry in fuse_loss(model)
         )
-    return report, changed
+    return report, changed, groups
 
 
 def _look_at(layer: LoraLayer, sharded: bool) -> tuple[str, bool]:

@@ -11,6 +11,7 @@ from lora_kernels.integrations.peft import eligibility, quant_linear
 from lora_kernels.integrations.peft.eligibility import Parts, parts_of
 from lora_kernels.integrations.peft.fallback import call_falls_back
 from lora_kernels.integrations.peft.quant_base import is_quantized
+from lora_kernels.modules.layer_group import Operands, group_of
 from lora_kernels.ops import lora_linear
 
 # Keywords that PEFT's hooks add. The offsets of activated LoRA concern adapters that are variants,
@@ -34,7 +35,9 @@ class FusedLoraLinear(Linear):
         Raises:
             StrictFallbackError: such a call under ``LORA_KERNELS_STRICT=1``.
         """
-        y = fused_call(self, x, args, kwargs)
+        group = group_of(self)
+        y = None if group is None or args or kwargs else group.call(self, x)
+        y = fused_call(self, x, args, kwargs) if y is None else y
         # Not super(): see conversion._swap.
         return Linear.forward(self, x, *args, **kwargs) if y is None else y
 
@@ -95,14 +98,33 @@ def _adapter_of_call(
     return names[0] if names else "", ""
 
 
-def _fused(x: Tensor, parts: Parts, scaling: float) -> Tensor:
+def operands(layer: LoraLayer, x: Tensor) -> Operands | None:
+    """What a grouped call needs of `layer` for x; None when its call has to be its own."""
+    adapter, _ = _adapter_of_call(layer, (), {})
+    if not adapter:
+        return None
+    parts = parts_of(layer, adapter)
+    if (
+        is_quantized(parts.base)
+        or eligibility.layer_reason(layer, adapter, parts)
+        or eligibility.mode_reason()
+        or eligibility.tensor_reason(layer, x, eligibility.named_parameters(parts))
+    ):
+        return None
+    return _operands(parts, layer.scaling[adapter])
+
+
+def _operands(parts: Parts, scaling: float) -> Operands:
     base, lora_a, lora_b, dropout = parts
     weight = base.weight if type(base) is nn.Linear else base.weight.t()  # Conv1D keeps [in, out]
     bias = base.bias
     if lora_b.bias is not None:
         update = lora_b.bias * scaling
         bias = update if bias is None else bias + update
-    return lora_linear(
-        x, weight, lora_a.weight, lora_b.weight, scaling, bias=bias,
-        dropout_p=dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
-    )  # fmt: skip
+    p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+    return Operands(weight, lora_a.weight, lora_b.weight, scaling, bias, p)
+
+
+def _fused(x: Tensor, parts: Parts, scaling: float) -> Tensor:
+    weight, lora_a, lora_b, scaling, bias, dropout_p = _operands(parts, scaling)
+    return lora_linear(x, weight, lora_a, lora_b, scaling, bias=bias, dropout_p=dropout_p)

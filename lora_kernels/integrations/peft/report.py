@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from lora_kernels.modules.report import LayerReport, Report
@@ -16,8 +17,10 @@ def _pattern(name: str) -> str:
 class ApplyReport(Report):
     """Every LoRA layer of a model, in its order, and whether a call now runs fused.
 
-    `backend` of a fused layer is what a call of 1024 rows would pick. `groups` is empty: each
-    layer is fused by itself, and inputs that several layers share are read once per layer.
+    `backend` of a fused layer is what a call of 1024 rows would pick. `groups` holds a dict for
+    every set of layers with one input, ``{"kind": "grouped_lora_linear", "name": path of the
+    block, "members": [names], "status": "fused" or "stock", "reason"}``: stock ones are fused
+    layer by layer. With fused_loss also one for each model whose loss was looked at.
     """
 
     def __str__(self) -> str:
@@ -37,5 +40,15 @@ class ApplyReport(Report):
             + "  ".join(c.ljust(w) for c, w in zip(row[1:], widths[1:], strict=True))
             for row in rows
         ]
+        lines += self._group_lines()
         lines.append(f"{len(self.fused)} of {len(self.layers)} LoRA layers fused")
         return "\n".join(line.rstrip() for line in lines)
+
+    def _group_lines(self) -> list[str]:
+        alike: Counter[tuple[str, str]] = Counter()
+        for entry in self.groups:
+            if "members" in entry:
+                what = f"{_pattern(entry['name'])}: {', '.join(entry['members'])}"
+                how = "computed together" if len(entry["members"]) > 1 else "one layer for all"
+                alike[what, entry["reason"] or how] += 1
+        return [f"{count} x {what}: {how}" for (what, how), count in alike.items()]

@@ -1,0 +1,181 @@
+"""Groups of LoRA layers that a block calls with one input: found, made and taken apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from lora_kernels.integrations.peft import linear
+from lora_kernels.integrations.peft.quant_base import is_quantized
+from lora_kernels.modules import grouped_lora_linear
+from lora_kernels.modules.blocks import blocks_of, groups_of, row_of
+from lora_kernels.modules.grouped_lora_linear import GroupedLoRALinear
+from lora_kernels.modules.layer_group import LayerGroup, group_of
+from lora_kernels.modules.lora_linear import LoRALinear
+from lora_kernels.modules.report import FUSED, STOCK
+from lora_kernels.ops import _dispatch
+
+KIND = "grouped_lora_linear"
+
+
+def form_groups(model: nn.Module) -> tuple[list[dict[str, Any]], list[LayerGroup]]:
+    """(an entry of the report for each group of the table and each block that is not in it, the
+    groups that this call made). Groups that no longer hold are taken apart."""
+    entries, made, keep = [], [], set()
+    for path, block, row in blocks_of(model):
+        for names in groups_of(row, path):
+            members = {n: m for n in names if (m := block._modules.get(n)) is not None}
+            adapted = {n: m for n, m in members.items() if _is_adapted(m)}
+            if not adapted:
+                continue
+            reason = _reason(names, adapted)
+            if not reason and len(names) > 1:
+                group = _existing(list(adapted.values()))
+                if group is None:
+                    group = LayerGroup(path, list(adapted.values()), _operands_of(adapted))
+                    made.append(group)
+                keep.add(id(group))
+            entries.append(_entry(path, list(adapted), reason))
+    for module in model.modules():
+        old = group_of(module)
+        if old is not None and id(old) not in keep:
+            old.detach()
+    for group in made:
+        _prepare(group)
+        group.attach()
+    return [*entries, *_unknown_blocks(model)], made
+
+
+def dissolve_groups(model: nn.Module) -> None:
+    for module in model.modules():
+        group = group_of(module)
+        if group is not None:
+            take_apart(group)
+
+
+def take_apart(group: LayerGroup) -> None:
+    group.detach()
+    member: Any
+    for member in group.members:
+        if type(member) is GroupedLoRALinear:
+            member.__class__ = LoRALinear
+
+
+def _prepare(group: LayerGroup) -> None:
+    for member in group.members:
+        if type(member) is LoRALinear:
+            member.__class__ = GroupedLoRALinear
+
+
+def _entry(path: str, members: list[str], reason: str) -> dict[str, Any]:
+    return {
+        "kind": KIND, "name": path, "members": members,
+        "status": STOCK if reason else FUSED, "reason": reason,
+    }  # fmt: skip
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    return isinstance(module, (LoraLayer, LoRALinear))
+
+
+def _existing(members: list[nn.Module]) -> LayerGroup | None:
+    group = group_of(members[0])
+    if group is None or group.dissolved or len(group.members) != len(members):
+        return None
+    same = all(a is b for a, b in zip(group.members, members, strict=True))
+    return group if same and all(group_of(m) is group for m in members) else None
+
+
+def _operands_of(adapted: dict[str, nn.Module]) -> Any:
+    plain = isinstance(next(iter(adapted.values())), LoRALinear)
+    return grouped_lora_linear.operands if plain else linear.operands
+
+
+def _reason(names: tuple[str, ...], adapted: dict[str, nn.Module]) -> str:
+    """Why these layers are not computed together; "" when they are."""
+    if _dispatch.disabled("grouped_lora_linear", "apply"):
+        return "disabled by LORA_KERNELS_DISABLE"
+    if len(names) == 1:
+        return ""
+    if len(adapted) == 1:
+        return f"only {next(iter(adapted))} has an adapter"
+    for name, module in adapted.items():
+        why = _member_reason(module)
+        if why:
+            return f"{name}: {why}"
+    layers: list[Any] = list(adapted.values())
+    if len({isinstance(m, LoRALinear) for m in layers}) > 1:
+        return "the layers are of different libraries"
+    if len({id(m) for m in layers}) < len(layers):
+        return "two names are one layer"
+    if len({m.in_features for m in layers}) > 1:
+        return "the layers have inputs of different sizes"
+    rates = {n: _dropout(m) for n, m in adapted.items()}
+    if len(set(rates.values())) > 1:
+        return f"the layers have different dropout: {rates}"
+    dtypes = {_dtypes(m) for m in layers}
+    if len(dtypes) > 1:
+        return "the layers have different dtypes"
+    return ""
+
+
+def _member_reason(module: Any) -> str:
+    fused = (linear.FusedLoraLinear, LoRALinear, GroupedLoRALinear)
+    if "forward" in module.__dict__:
+        return "the layer has a forward of its own on the instance"
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return "the layer has hooks"
+    if isinstance(module, LoraLayer):
+        if is_quantized(module.get_base_layer()):
+            return "its weight is quantized; such layers are computed one by one"
+        if not isinstance(module, linear.FusedLoraLinear):
+            return "the layer is stock"
+        active = [a for a in module.active_adapters if a in module.lora_A]
+        return "several adapters are active" if len(active) > 1 else ""
+    if type(module) not in fused:
+        return f"{type(module).__name__} layers are computed one by one"
+    return "the adapter is DoRA" if module.lora_magnitude_vector is not None else ""
+
+
+def _adapter(module: LoraLayer) -> str:
+    active = [a for a in module.active_adapters if a in module.lora_A]
+    return active[0] if active else next(iter(module.lora_A))
+
+
+def _dropout(module: Any) -> float:
+    if isinstance(module, LoRALinear):
+        return module.dropout
+    return float(getattr(module.lora_dropout[_adapter(module)], "p", 0.0))
+
+
+def _dtypes(module: Any) -> tuple[object, ...]:
+    if isinstance(module, LoRALinear):
+        return module.weight.dtype, module.lora_A.dtype
+    return module.base_layer.weight.dtype, module.lora_A[_adapter(module)].weight.dtype
+
+
+def _unknown_blocks(model: nn.Module) -> list[dict[str, Any]]:
+    """Blocks with several adapted layers of one input size that the table does not have."""
+    entries = []
+    for path, block in model.named_modules():
+        if row_of(type(block)) is not None or isinstance(block, (nn.ModuleList, nn.Sequential)):
+            continue
+        sizes: dict[int, list[str]] = {}
+        for name, child in block._modules.items():
+            if child is not None and _is_adapted(child) and hasattr(child, "in_features"):
+                sizes.setdefault(child.in_features, []).append(name)
+        for names in sizes.values():
+            if len(names) > 1:
+                reason = (
+                    f"{type(block).__name__} is not in the table of blocks; "
+                    "lora_kernels.modules.blocks.register_block adds it"
+                )
+                entries.append(_entry(path, names, reason))
+    return entries

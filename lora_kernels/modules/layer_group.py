@@ -1,0 +1,174 @@
+"""Adapted layers of one input (q/k/v, gate/up) computed by one grouped call of the op.
+
+The layers stay where they are and are called one by one, as before. The first of them that is
+called computes the results of all; the others find theirs. What makes that safe is checked on
+every call: the others were called with the very same tensor, unchanged, in the same modes. If one
+was not, it computes by itself, and a group whose results go to waste is dissolved.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.ops import grouped_lora_linear
+
+_ATTRIBUTE = "_lora_kernels_group"
+_MAX_MEMBERS = 8
+_WASTED_AT_MOST = 2  # calls in a row that left results behind, as an exception may do once
+_logger = logging.getLogger("lora_kernels")
+
+
+class Operands(NamedTuple):
+    """What the op needs of one layer for one call."""
+
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+    bias: Tensor | None
+    dropout_p: float
+
+
+class _Pending:
+    """Results that were computed for `x` and not fetched yet; `outputs` None: the group declined,
+    each layer computes by itself."""
+
+    def __init__(self, x: Tensor, state: tuple[Any, ...], outputs: list[Tensor] | None, n: int):
+        self.x, self.state, self.outputs = x, state, outputs
+        self.left = set(range(n))
+
+
+class LayerGroup:
+    """Layers that a block calls with one input.
+
+    Args:
+        name: path of the block, for messages.
+        members: the layers, two to eight, in the order in which the block calls them.
+        operands: (layer, x) -> its :class:`Operands`; None when the call has to be its own.
+    """
+
+    def __init__(
+        self, name: str, members: list[nn.Module],
+        operands: Callable[[Any, Tensor], Operands | None],
+    ) -> None:  # fmt: skip
+        assert 2 <= len(members) <= _MAX_MEMBERS
+        self.name, self.members, self.operands = name, members, operands
+        self.dissolved = ""  # the reason, once it is
+        self._wasted = 0
+        self._pending: dict[int, _Pending] = {}  # per thread
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pending": {}}  # copies and pickles hold no results
+
+    def attach(self) -> None:
+        for member in self.members:
+            member.__dict__[_ATTRIBUTE] = self
+
+    def detach(self) -> None:
+        for member in self.members:
+            if member.__dict__.get(_ATTRIBUTE) is self:
+                del member.__dict__[_ATTRIBUTE]
+        self._pending.clear()
+
+    def call(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        """The result of `layer` for x; None when the layer has to compute it."""
+        at = self._position(layer)
+        if self.dissolved or at < 0:
+            return None
+        compiling = torch.compiler.is_compiling()
+        if compiling and _inside_traced_region():
+            return None
+        key = 0 if compiling else threading.get_ident()
+        state = _state(x)
+        pending = self._pending.get(key)
+        if pending is not None:
+            if pending.x is x and pending.state == state and at in pending.left:
+                return self._fetch(pending, at, key)
+            del self._pending[key]
+            if pending.outputs is not None:
+                self._waste(at in pending.left)
+                if self.dissolved:
+                    return None
+        pending = _Pending(x, state, self._compute(x), len(self.members))
+        self._pending[key] = pending
+        return self._fetch(pending, at, key)
+
+    def _position(self, layer: nn.Module) -> int:
+        for i, member in enumerate(self.members):
+            if member is layer:
+                return i
+        return -1  # a replica of torch.nn.DataParallel
+
+    def _fetch(self, pending: _Pending, at: int, key: int) -> Tensor | None:
+        pending.left.remove(at)
+        if not pending.left:
+            del self._pending[key]
+            self._wasted = 0
+        return None if pending.outputs is None else pending.outputs[at]
+
+    def _waste(self, other_input: bool) -> None:
+        """Results were left behind. A layer that got another input shows that this is no group."""
+        self._wasted += 1
+        if other_input:
+            self.dissolved = "its layers were called with different inputs"
+        elif self._wasted >= _WASTED_AT_MOST:
+            self.dissolved = "not all of its layers were called"
+        if self.dissolved:
+            self._pending.clear()
+            _logger.warning(
+                "the layers of %s are no longer computed together: %s", self.name, self.dissolved
+            )
+
+    def _compute(self, x: Tensor) -> list[Tensor] | None:
+        found = []
+        for member in self.members:
+            operands = self.operands(member, x)
+            if operands is None:
+                return None
+            found.append(operands)
+        first = found[0]
+        for other in found[1:]:
+            if (
+                other.dropout_p != first.dropout_p
+                or other.weight.dtype != first.weight.dtype
+                or other.lora_a.dtype != first.lora_a.dtype
+                or other.lora_b.dtype != first.lora_b.dtype
+            ):
+                return None
+        weights, lora_as, lora_bs, scalings, biases, _ = zip(*found, strict=True)
+        return grouped_lora_linear(
+            x, weights, lora_as, lora_bs, scalings, biases=biases, dropout_p=first.dropout_p
+        )
+
+
+def group_of(layer: nn.Module) -> LayerGroup | None:
+    return layer.__dict__.get(_ATTRIBUTE)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def _inside_traced_region() -> bool:
+    """Whether what is being traced is the body of a checkpoint or another higher-order op, in which
+    torch.compile allows no state to be kept from one layer to the next. Runs at trace time."""
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        return InstructionTranslator.current_tx().output.current_tracer.parent is not None
+    except (ImportError, AttributeError):
+        return True
+
+
+def _state(x: Tensor) -> tuple[Any, ...]:
+    """All that may change between two calls with one tensor and would change a result."""
+    device = x.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    return (
+        0 if torch.compiler.is_compiling() or x.is_inference() else x._version,
+        torch.is_grad_enabled(),
+        torch.get_autocast_dtype(device) if autocast else None,
+    )
