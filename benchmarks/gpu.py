@@ -19,7 +19,7 @@ from benchmarks.gate import Gate
 from benchmarks.peers import UnavailableError
 from benchmarks.providers import BASELINE, Case, Provider
 from benchmarks.timing import DeviceClock, Timed, Timing, measure
-from lora_kernels.ops import _registry
+from lora_kernels.ops import _evidence, _registry
 from lora_kernels.testing import BudgetExceededError
 
 Announce = Callable[[str, Case], None]
@@ -118,25 +118,11 @@ def _bytes(case: Case, mode: str) -> float:
     return sum(spec.min_bytes(case.problem(), d) for d in directions)
 
 
-def row(
-    case: Case, mode: str, name: str, timing: Timing | None, skipped: str | None,
-    top: dict[str, float], used: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
-    made: dict[str, Any] = {
-        "shape": [case.M, case.K, sum(case.outs)],
-        "members": list(case.outs),
-        "rank": case.rank,
-        "dropout": case.dropout_p,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "mode": mode,
-        "provider": name,
-        "skipped": skipped,
-    }
-    if timing is None:
-        return made
+def figures(timing: Timing, flops: float, traffic: float, top: dict[str, float]) -> dict[str, Any]:
+    """What a row tells of a time: rates, and their shares of the ceilings of the same run."""
     seconds = timing.seconds.median
-    tflops, gb_s = _flops(case, name, mode) / seconds / 1e12, _bytes(case, mode) / seconds / 1e9
-    return made | {
+    tflops, gb_s = flops / seconds / 1e12, traffic / seconds / 1e9
+    return {
         "median_ms": 1e3 * seconds,
         "iqr_ms": [1e3 * timing.seconds.q1, 1e3 * timing.seconds.q3],
         "ratio": timing.ratio.median,
@@ -147,8 +133,38 @@ def row(
         "copy_share": gb_s / top["copy_gb_s"],
         "first_call_ms": 1e3 * timing.first_call,
         "calls_per_round": timing.calls_per_round,
-        **used,
     }
+
+
+def label(case: Case) -> str:
+    """Of a problem in a record; the dtype of the adapter is the provider's."""
+    dtype = _evidence.name_of(case.dtype)
+    sizes = f"{case.M}×{case.K}×{'+'.join(str(n) for n in case.outs)}"
+    return f"{sizes} r{case.rank}{f' p{case.dropout_p:g}' if case.dropout_p else ''} {dtype}"
+
+
+def row(
+    case: Case, mode: str, name: str, timing: Timing | None, skipped: str | None,
+    top: dict[str, float], used: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    key = _evidence.key_of(case.problem(torch.float32 if name.endswith("-fp32") else None))
+    made: dict[str, Any] = {
+        "op": "lora_linear",
+        "case": label(case),
+        "sizes": dict(key.sizes),
+        "kind": dict(key.kind),
+        "shape": [case.M, case.K, sum(case.outs)],
+        "members": list(case.outs),
+        "rank": case.rank,
+        "dropout": case.dropout_p,
+        "dtype": _evidence.name_of(case.dtype),
+        "mode": mode,
+        "provider": name,
+        "skipped": skipped,
+    }
+    if timing is None:
+        return made
+    return made | figures(timing, _flops(case, name, mode), _bytes(case, mode), top) | used
 
 
 class DeviceLostError(RuntimeError):

@@ -7,29 +7,29 @@ from typing import Any
 from benchmarks.providers import BASELINE, LABELS
 
 MODES = {"fwd": "forward", "bwd": "backward", "fwdbwd": "forward + backward"}
+# What an op's times are compared with.
+BASELINES = {"lora_linear": BASELINE}
+FLOOR = "aten"
 HEADER = (
-    f"{'M×K×N':>22} {'r':>4} {'drop':>5} {'dtype':8} {'mode':7} {'provider':13} {'ms':>8} "
+    f"{'op':12} {'case':>44} {'mode':7} {'provider':14} {'ms':>8} "
     f"{'ratio':>6} {'IQR':>11} {'TFLOP/s':>8} {'GB/s':>6} {'gemm':>5} {'copy':>5} "
     f"{'launch':>6} {'peak MB':>8}"
 )
 
 
-def label(row: dict[str, Any]) -> str:
-    m, k, _ = row["shape"]
-    return f"{m}×{k}×{'+'.join(str(n) for n in row['members'])}"
+def baseline(op: str) -> str:
+    """The provider that the ratios of an op's rows are ratios to."""
+    return BASELINES.get(op, FLOOR)
 
 
-def case_of(row: dict[str, Any]) -> tuple[Any, ...]:
+def case_of(row: dict[str, Any]) -> tuple[str, str]:
     """What tells one problem from another; the mode is not part of it."""
-    return (*row["shape"], tuple(row["members"]), row["rank"], row["dropout"], row["dtype"])
+    return row["op"], row["case"]
 
 
 def line(row: dict[str, Any]) -> str:
     """One row of the table; a provider that was not timed says why."""
-    head = (
-        f"{label(row):>22} {row['rank']:4} {row['dropout']:5g} {row['dtype']:8} {row['mode']:7} "
-        f"{row['provider']:13}"
-    )
+    head = f"{row['op'][:12]:12} {row['case']:>44} {row['mode']:7} {row['provider']:14}"
     if row["skipped"]:
         return f"{head} not timed: {row['skipped']}"
     low, high = row["ratio_iqr"]
@@ -64,40 +64,19 @@ def table(record: dict[str, Any]) -> str:
         lines += [HEADER, *(line(r) for r in rows)]
     for name, part in record.get("parts", {}).items():
         lines.append(f"{name}: {part['status']}" + (f" ({part['why']})" if part["why"] else ""))
-    for name, kernel in record.get("kernels", {}).items():
-        why = f" ({'; '.join(kernel['why'])})" if kernel["why"] else ""
-        lines.append(f"kernels of {name}: {kernel['verdict']}{why}")
+    for op, kernels in record.get("kernels", {}).items():
+        for name, kernel in kernels.items():
+            why = f" ({'; '.join(kernel['why'])})" if kernel["why"] else ""
+            lines.append(f"{op}, {name}: {kernel['verdict']}{why}")
     return "\n".join(lines)
 
 
 def readme(record: dict[str, Any]) -> str:
-    """Markdown: one table per mode, time over the frozen layer, the best of a line in bold."""
+    """Markdown: a table per op and mode, the best of a line in bold."""
     timed = [r for r in record["rows"] if not r["skipped"]]
-    names = [p for p in LABELS if p != BASELINE and any(r["provider"] == p for r in timed)]
-    lines = [f"Time relative to the frozen layer, lower is better. {subtitle(record)}.", ""]
-    for mode in dict.fromkeys(r["mode"] for r in timed):
-        here = [r for r in timed if r["mode"] == mode]
-        shown = [p for p in names if any(r["provider"] == p for r in here)]
-        lines += [
-            f"| {MODES[mode]}: M×K×N | rank | dropout | dtype | frozen, ms | "
-            + " | ".join(LABELS[p] for p in shown) + " |",
-            "| --- | ---: | ---: | --- | ---: |" + " ---: |" * len(shown),
-        ]  # fmt: skip
-        for case in dict.fromkeys(case_of(r) for r in here):
-            by = {r["provider"]: r for r in here if case_of(r) == case}
-            ratios = [by[p]["ratio"] for p in shown if p in by]
-            if BASELINE not in by or not ratios:
-                continue
-            base = by[BASELINE]
-            cells = []
-            for p in shown:
-                text = f"{by[p]['ratio']:.2f}" if p in by else "-"
-                cells.append(f"**{text}**" if p in by and by[p]["ratio"] == min(ratios) else text)
-            lines.append(
-                f"| {label(base)} | {base['rank']} | {base['dropout']:g} | {base['dtype']} | "
-                f"{base['median_ms']:.3f} | " + " | ".join(cells) + " |"
-            )
-        lines.append("")
+    lines = [subtitle(record) + ".", ""]
+    for op in dict.fromkeys(r["op"] for r in timed):
+        lines += _op_tables(op, [r for r in timed if r["op"] == op])
     top = record["ceilings"]
     lines.append(
         f"Ceilings of the same run: a large copy {top['copy_gb_s']:.0f} GB/s, a large bf16 product "
@@ -105,3 +84,34 @@ def readme(record: dict[str, Any]) -> str:
         f"Again: `make gpu-check`"
     )
     return "\n".join(lines)
+
+
+def _op_tables(op: str, timed: list[dict[str, Any]]) -> list[str]:
+    base = baseline(op)
+    against = "the frozen layer" if base == BASELINE else f"`{base}`"
+    lines = [f"`{op}`: time relative to {against}, lower is better.", ""]
+    order = {name: place for place, name in enumerate(LABELS)}
+    names = sorted(
+        dict.fromkeys(r["provider"] for r in timed if r["provider"] != base),
+        key=lambda name: order.get(name, len(order)),
+    )
+    for mode in dict.fromkeys(r["mode"] for r in timed):
+        here = [r for r in timed if r["mode"] == mode]
+        shown = [p for p in names if any(r["provider"] == p for r in here)]
+        titles = " | ".join(LABELS.get(p, p) for p in shown)
+        lines += [
+            f"| {MODES[mode]} | {base}, ms | {titles} |",
+            "| --- | ---: |" + " ---: |" * len(shown),
+        ]
+        for case in dict.fromkeys(case_of(r) for r in here):
+            by = {r["provider"]: r for r in here if case_of(r) == case}
+            ratios = [by[p]["ratio"] for p in shown if p in by]
+            if base not in by or not ratios:
+                continue
+            cells = []
+            for p in shown:
+                text = f"{by[p]['ratio']:.2f}" if p in by else "-"
+                cells.append(f"**{text}**" if p in by and by[p]["ratio"] == min(ratios) else text)
+            lines.append(f"| {case[1]} | {by[base]['median_ms']:.3f} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return lines

@@ -24,7 +24,7 @@ class UnavailableError(RuntimeError):
     """A provider cannot run here; the message is the reason."""
 
 
-def _load(module: str, name: str) -> Any:
+def load(module: str, name: str) -> Any:
     """An attribute of a package that may be absent or fail while it is imported."""
     try:
         return getattr(importlib.import_module(module), name)
@@ -43,12 +43,12 @@ def layer(name: str, i: LoraLinearInputs) -> Layer:
     if name == "unsloth":
         if i.dropout_p:
             raise UnavailableError("unsloth leaves its kernels when there is dropout")
-        apply = _load("unsloth.kernels.fast_lora", "LoRA_W").apply
+        apply = load("unsloth.kernels.fast_lora", "LoRA_W").apply
 
         def one(x: Tensor, w: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
             return apply(x, w, None, a, b, s)
     else:
-        fused = _load("lorafusion.ops.lora_v1", "fused_linear_lora")
+        fused = load("lorafusion.ops.lora_v1", "fused_linear_lora")
 
         def one(x: Tensor, w: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
             return fused(x, w, a, b, s, dropout_p=i.dropout_p)

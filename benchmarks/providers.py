@@ -76,10 +76,10 @@ class Case:
         a, b = ([t.to(adapter_dtype) for t in ts] for ts in (i.lora_as, i.lora_bs))
         return replace(i, lora_as=a, lora_bs=b)
 
-    def problem(self) -> object:
+    def problem(self, adapter_dtype: torch.dtype | None = None) -> object:
         return _registry.find("lora_linear").problem(
             M=self.M, K=self.K, N=self.outs, rank=self.rank, dtype=self.dtype,
-            dropout_p=self.dropout_p, device=self.device,
+            adapter_dtype=adapter_dtype, dropout_p=self.dropout_p, device=self.device,
         )  # fmt: skip
 
 

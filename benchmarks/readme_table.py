@@ -72,12 +72,12 @@ def gpu_tables(path: Path | None) -> tuple[str, str]:
     # A kernel that failed its checks has no place in a table.
     parts = []
     for result in results:
-        passed = {b for b, k in result["kernels"].items() if k["verdict"] == "passed"}
-        judged = set(result["kernels"])
+        verdicts = result["kernels"]
         rows = [
             r
             for r in result["rows"]
-            if (base := r["provider"].removesuffix("-fp32")) not in judged or base in passed
+            if (k := verdicts.get(r["op"], {}).get(r["provider"].removesuffix("-fp32"))) is None
+            or k["verdict"] == "passed"
         ]
         if any(not r["skipped"] for r in rows):
             parts.append(gpu_report.readme({**result, "rows": rows}))

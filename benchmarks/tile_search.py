@@ -21,6 +21,7 @@ from benchmarks.timing import Timed, Timing, measure
 from lora_kernels.ops.lora_linear import configs as tiles
 from lora_kernels.ops.lora_linear import tuned_tiles
 
+OP = "lora_linear"
 # A tile has to win by more than the spread of two runs of one tile.
 GAIN = 0.99
 DIRECTION = {"shrink": "fwd", "dy_pass": "bwd", "da_pass": "bwd"}

@@ -17,11 +17,14 @@ import argparse
 import json
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu, gpu_report, machine, tile_search
 from benchmarks import record as records
+from benchmarks.gpu_ops import ROWS
+from benchmarks.gpu_ops.row import Run
 from benchmarks.peers import UnavailableError
 from lora_kernels.ops import _ledger
 
@@ -36,7 +39,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--op", required=True, choices=["lora_linear"])
+    parser.add_argument("--op", required=True, choices=list(ROWS))
     parser.add_argument("--from", dest="record", type=Path, help="a record of gpu-check")
     parser.add_argument("--out", type=Path, help="folder; default: tuned/ of the op")
     parser.add_argument("--seconds", type=float, default=300.0, help="for the search of tiles")
@@ -48,32 +51,25 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def entries(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Times of `aten` and of the kernels, per problem, direction and dtype of the adapter."""
-    made = []
-    timed = [r for r in rows if not r["skipped"] and r["mode"] in _ledger.DIRECTIONS]
-    for case, mode in dict.fromkeys((gpu_report.case_of(r), r["mode"]) for r in timed):
-        here = [r for r in timed if (gpu_report.case_of(r), r["mode"]) == (case, mode)]
-        for suffix in ("", "-fp32"):
-            names = {f"{b}{suffix}": b for b in (FLOOR, *BACKENDS)}
-            ms = {names[r["provider"]]: r["median_ms"] for r in here if r["provider"] in names}
-            if FLOOR not in ms or len(ms) == 1:
-                continue
-            first = here[0]
-            made.append({
-                "M": first["shape"][0], "K": first["shape"][1], "N": first["members"],
-                "rank": [first["rank"]] * len(first["members"]), "dtype": first["dtype"],
-                "adapter_dtype": "float32" if suffix else first["dtype"],
-                "dropout": first["dropout"] > 0.0, "direction": mode, "ms": ms,
-            })  # fmt: skip
-    return made
+    """Times of `aten` and of the kernels, per problem as evidence tells it, and direction."""
+    made: dict[str, dict[str, Any]] = {}
+    backends = (FLOOR, *BACKENDS)
+    for r in rows:
+        backend = r["provider"].removesuffix("-fp32")
+        if r["skipped"] or r["mode"] not in _ledger.DIRECTIONS or backend not in backends:
+            continue
+        told = {"sizes": r["sizes"], "kind": r["kind"], "direction": r["mode"]}
+        entry = made.setdefault(json.dumps(told, sort_keys=True), {**told, "ms": {}})
+        entry["ms"][backend] = r["median_ms"]
+    return [e for e in made.values() if FLOOR in e["ms"] and len(e["ms"]) > 1]
 
 
-def table(record: dict[str, Any], configs: list[dict[str, Any]]) -> dict[str, Any]:
+def table(record: dict[str, Any], op: str, configs: list[dict[str, Any]]) -> dict[str, Any]:
     """The file's content, from a record and the tiles that it was measured with."""
     device = {k: record["device"][k] for k in ("type", "name", "architecture")}
     return {
         "schema": _ledger.SCHEMA,
-        "op": "lora_linear",
+        "op": op,
         "device": device,
         "torch": record["torch"],
         "triton": record["triton"],
@@ -81,10 +77,11 @@ def table(record: dict[str, Any], configs: list[dict[str, Any]]) -> dict[str, An
         "commit": record["commit"],
         "command": record["command"],
         "backends": {
-            b: {"verdict": record["kernels"][b]["verdict"], "digest": record["digests"][b]}
-            for b in BACKENDS
+            b: {"verdict": k["verdict"], "digest": record["digests"][op][b]}
+            for b, k in record["kernels"][op].items()
+            if b in BACKENDS
         },
-        "entries": entries(record["rows"]),
+        "entries": entries([r for r in record["rows"] if r["op"] == op]),
         "configs": configs,
     }
 
@@ -111,7 +108,8 @@ def derive(options: argparse.Namespace) -> int:
         record = json.loads(options.record.read_text(encoding="utf-8"))
         if record.get("op") != "gpu_check":
             raise ValueError(f"op={record.get('op')!r}, accepted: a record of gpu-check")
-        made = table(record, kept_configs(record["device"], options.out, options.op))
+        kept = kept_configs(record["device"], options.out, options.op)
+        made = table(record, options.op, kept)
         path = write(made, options.out)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         text = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
@@ -121,10 +119,10 @@ def derive(options: argparse.Namespace) -> int:
     return 0
 
 
-def verdicts(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def verdicts(rows: list[dict[str, Any]], op: str) -> dict[str, dict[str, Any]]:
     """From the benchmark's gate alone, which a failed check on the same sources overrules."""
     made = {}
-    for backend in BACKENDS:
+    for backend in ROWS[op].gpu_backends():
         mine = [r for r in rows if r["provider"] in (backend, f"{backend}-fp32")]
         wrong = any((r["skipped"] or "").startswith(("WRONG", "FAILED")) for r in mine)
         ran = any(not r["skipped"] for r in mine)
@@ -132,43 +130,53 @@ def verdicts(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return made
 
 
-def overrule(made: dict[str, dict[str, Any]], record: dict[str, Any], results: Path) -> None:
+def overrule(
+    made: dict[str, dict[str, Any]], record: dict[str, Any], op: str, results: Path
+) -> None:
     """A record of gpu-check of this device and these digests that failed a backend stands."""
     for path in sorted((results / records.slug(record["device"])).glob("*.json")):
         try:
             earlier = json.loads(path.read_text(encoding="utf-8"))
             if earlier["op"] != "gpu_check":
                 continue
-            for backend in BACKENDS:
-                same = earlier["digests"][backend] == record["digests"][backend]
-                if same and earlier["kernels"][backend]["verdict"] == "failed":
-                    made[backend]["verdict"] = "failed"
+            for backend, own in made.items():
+                same = earlier["digests"][op][backend] == record["digests"][op][backend]
+                if same and earlier["kernels"][op][backend]["verdict"] == "failed":
+                    own["verdict"] = "failed"
         except (OSError, ValueError, KeyError, TypeError):
             continue
 
 
 def measure(argv: list[str], options: argparse.Namespace, device: dict[str, Any]) -> int:
-    timed = gpu.device_clock()
+    op, timed = options.op, gpu.device_clock()
     until = time.monotonic() + options.seconds
-    configs = kept_configs(device, options.out, options.op)
-    if options.seconds > 0:
+    configs = kept_configs(device, options.out, op)
+    searches = op == tile_search.OP
+    if searches and options.seconds > 0:
         configs = tile_search.search(timed, until, say=lambda line: print(line, flush=True))
-    top = gpu.ceilings(timed)
-    names = ["frozen", *(f"{b}{s}" for s in ("", "-fp32") for b in (FLOOR, *BACKENDS))]
-    record = {
+    run = Run(gpu.ceilings(timed), timed, rounds=10, modes=_ledger.DIRECTIONS)
+    kernels = (FLOOR, *ROWS[op].gpu_backends())
+    names = tuple(n for n in ROWS[op].providers() if n.removesuffix("-fp32") in kernels)
+    names = (*(n for n in ("frozen",) if n in ROWS[op].providers()), *names)
+    record: dict[str, Any] = {
         **machine.describe("benchmarks.tune", argv, device),
         "triton": machine.version("triton"),
         "rows": [],
     }
-    with tile_search.installed(configs):
-        record["digests"] = {b: _ledger.digest(options.op, b, tuple(configs)) for b in BACKENDS}
+    with tile_search.installed(configs) if searches else nullcontext():
+        own = {b: _ledger.digest(op, b, tuple(configs)) for b in ROWS[op].gpu_backends()}
+        record["digests"] = {op: own}
         deadline = time.monotonic() + 240.0
-        for row in gpu.run_all(gpu.CASES, names, _ledger.DIRECTIONS, top, timed, 10, deadline):
-            record["rows"].append(row)
-            print(gpu_report.line(row), flush=True)
-    record["kernels"] = verdicts(record["rows"])
-    overrule(record["kernels"], record, records.RESULTS)
-    made = table(record, configs)
+        for number in range(ROWS[op].count()):
+            if time.monotonic() >= deadline:
+                print(f"no time left for case {number + 1} of {ROWS[op].count()}", flush=True)
+                break
+            for row in ROWS[op].bench(number, names, run):
+                record["rows"].append(row)
+                print(gpu_report.line(row), flush=True)
+    record["kernels"] = {op: verdicts(record["rows"], op)}
+    overrule(record["kernels"][op], record, op, records.RESULTS)
+    made = table(record, op, configs)
     if not made["entries"]:
         print("tune: no kernel could be timed beside aten; nothing was written", file=sys.stderr)
         return 1

@@ -10,7 +10,7 @@ from benchmarks.providers import Case
 from benchmarks.timing import DeviceClock, measure, wall_clock
 from lora_kernels.ops import lora_linear
 from tests.test_gpu_check import TOP, lines, row
-from tools.gpu_check import bench_part
+from tools.gpu_check import bench_part, parts
 
 
 def test_a_child_that_dies_costs_one_provider():
@@ -22,7 +22,7 @@ def test_a_child_that_dies_costs_one_provider():
     assert rows[1]["skipped"] == "FAILED: the process ended with code -11"
     made = bench_part.entry(rows, "the process ended with code -11", 1.0)
     assert made["status"] == "failed"
-    assert made["why"].startswith("triton at 8192×4096×4096: FAILED")
+    assert made["why"].startswith("lora_linear, triton at 8192×4096×4096 r16 bfloat16: FAILED")
     rows, _ = bench_part.collect([*told, *lines({"timing": True})], "ended")
     assert [r["provider"] for r in rows] == ["frozen"]
 
@@ -44,10 +44,9 @@ def test_the_child_measures_and_streams(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu, "DEFAULT", ("frozen", "aten", "triton"))
     monkeypatch.setattr(gpu, "device_clock", lambda: wall_clock)
     monkeypatch.setattr(gpu, "ceilings", lambda timed: TOP)
-    everything = gpu.run_all
-    monkeypatch.setattr(gpu, "run_all", lambda *a, **k: everything(*a, **k, count=()))
+    monkeypatch.setattr(bench_part, "covered", lambda: {"lora_linear": parts.BACKENDS})
     out = tmp_path / "rows.jsonl"
-    assert bench_part.child(out, 100.0) == 0
+    assert bench_part.child(out, 100.0, "cpu", count=()) == 0
     rows, top = bench_part.collect(out.read_text().splitlines(), "")
     assert top == TOP
     assert len(rows) == 2 * 3 * 3  # cases, modes, providers

@@ -27,7 +27,11 @@ PASSED = {"status": "passed", "why": "", "seconds": 1.0}
 
 
 def row(provider: str, ratio: float = 1.0, skipped: str | None = None, **changes: Any) -> dict:
+    adapter = "float32" if provider.endswith("-fp32") else "bfloat16"
     made = {
+        "op": "lora_linear", "case": "8192×4096×4096 r16 bfloat16",
+        "sizes": {"M": 8192, "K": 4096, "N": 4096, "rank": 16},
+        "kind": {"members": 1, "dtype": "bfloat16", "adapter_dtype": adapter, "dropout": False},
         "shape": [8192, 4096, 4096], "members": [4096], "rank": 16, "dropout": 0.0,
         "dtype": "bfloat16", "mode": "fwd", "provider": provider, "skipped": skipped,
     }  # fmt: skip
@@ -41,18 +45,25 @@ def row(provider: str, ratio: float = 1.0, skipped: str | None = None, **changes
     return made | changes
 
 
+def every_op(status: str, why: str = "") -> dict[str, Any]:
+    """Per op and backend the same."""
+    return {
+        op: {b: {"status": status, "why": why} for b in own} for op, own in parts.covered().items()
+    }
+
+
 def record(**changes: Any) -> dict[str, Any]:
-    ok = {b: {"status": "passed", "why": ""} for b in parts.BACKENDS}
+    ok = every_op("passed")
     rows = [row("frozen"), row("peft", 1.5), row("aten", 1.2), row("triton", 1.1)]
     return {
         "schema": 1, "op": "gpu_check", "device": DEVICE, "torch": "2.11.0", "triton": "3.6.0",
         "lora_kernels": "0.1.0", "commit": "0123456789ab", "dirty": False, "load": 0.1,
         "date": "2026-11-22T10:00:00+00:00", "command": "python -m tools.gpu_check",
-        "digests": {"triton": "t", "cuda": "c"},
+        "digests": {op: {"triton": "t", "cuda": "c"} for op in parts.covered()},
         "parts": {
-            "tests": {**PASSED, "backends": ok},
-            "sanitize": {**PASSED, "backends": ok},
-            "bench": {**PASSED, "backends": {}},
+            "tests": {**PASSED, "ops": ok},
+            "sanitize": {**PASSED, "ops": ok},
+            "bench": {**PASSED, "ops": {}},
         },
         "kernels": {}, "ceilings": TOP, "rows": [*rows, row("cuda", 1.05)],
         **changes,
@@ -97,11 +108,11 @@ def test_the_parts_fit_into_ten_minutes():
 @pytest.fixture
 def faked(monkeypatch):
     """Every part answers at once; `answers` may be changed."""
-    ok = {b: {"status": "passed", "why": ""} for b in parts.BACKENDS}
+    ok = every_op("passed")
     answers = {
-        "tests": {**PASSED, "backends": ok},
-        "sanitize": {**PASSED, "backends": ok},
-        "bench": ({**PASSED, "backends": {}}, record()["rows"], TOP),
+        "tests": {**PASSED, "ops": ok},
+        "sanitize": {**PASSED, "ops": ok},
+        "bench": ({**PASSED, "ops": {}}, record()["rows"], TOP),
     }
     monkeypatch.setattr(machine, "gpu", lambda index=0: dict(DEVICE))
     monkeypatch.setattr(test_part, "run", lambda seconds: answers["tests"])
@@ -121,12 +132,12 @@ def only_file(folder: Path) -> dict[str, Any]:
 def test_whole_run(faked, tmp_path, capsys):
     assert gpu_check.main(["--results", str(tmp_path), "--commit", "abc123"]) == 0
     made = only_file(tmp_path)
-    assert {k: v["verdict"] for k, v in made["kernels"].items()} == dict.fromkeys(
-        parts.BACKENDS, "passed"
-    )
+    assert set(made["kernels"]) == set(parts.covered())
+    own = {k: v["verdict"] for k, v in made["kernels"]["lora_linear"].items()}
+    assert own == dict.fromkeys(parts.BACKENDS, "passed")
     shown = capsys.readouterr().out
     assert "ceilings in this run: copy 3000 GB/s, bf16 product 790 TFLOP/s" in shown
-    assert "kernels of cuda: passed" in shown
+    assert "lora_linear, cuda: passed" in shown
     # Device and versions, no folders of this machine.
     assert str(tmp_path) not in json.dumps(made)
     assert str(ROOT) not in json.dumps(made)
@@ -137,13 +148,13 @@ def test_parts_are_merged(faked, tmp_path):
     assert gpu_check.main(["--part", "bench", *common]) == 0
     made = only_file(tmp_path)
     assert set(made["parts"]) == {"bench"}
-    assert made["kernels"]["cuda"]["verdict"] == "not run"
+    assert made["kernels"]["lora_linear"]["cuda"]["verdict"] == "not run"
     assert gpu_check.main(["--part", "tests", *common]) == 0
     made = only_file(tmp_path)
     assert set(made["parts"]) == {"bench", "tests"}
     assert len(made["rows"]) == 5
     assert made["ceilings"] == TOP
-    assert made["kernels"]["cuda"] == {
+    assert made["kernels"]["lora_linear"]["cuda"] == {
         "verdict": "passed", "why": ["sanitize: not asked for"],
     }  # fmt: skip
 
@@ -151,23 +162,28 @@ def test_parts_are_merged(faked, tmp_path):
 def test_a_failure_is_an_exit_code_and_stays_when_another_part_runs(faked, tmp_path):
     faked["tests"] = {
         "status": "failed", "why": "1 of 9 tests failed", "seconds": 1.0,
-        "backends": {"triton": {"status": "failed", "why": "test_x[triton]"}},
+        "ops": {"lora_linear": {"triton": {"status": "failed", "why": "test_x[triton]"}}},
     }  # fmt: skip
     common = ["--results", str(tmp_path), "--commit", "abc123"]
     assert gpu_check.main(["--part", "tests", *common]) == 1
     assert gpu_check.main(["--part", "bench", *common]) == 1
-    kernels = only_file(tmp_path)["kernels"]
+    kernels = only_file(tmp_path)["kernels"]["lora_linear"]
     assert kernels["triton"]["verdict"] == "failed"
     assert "test_x[triton]" in kernels["triton"]["why"][0]
 
 
 @pytest.mark.parametrize(
-    "changes", [{"digests": {"triton": "other", "cuda": "c"}}, {"torch": "2.13.0"}, {"schema": 9}]
+    "changes",
+    [
+        {"digests": {"lora_linear": {"triton": "other", "cuda": "c"}}},
+        {"torch": "2.13.0"},
+        {"schema": 9},
+    ],
 )
 def test_parts_of_other_sources_are_not_merged(tmp_path, changes):
     path = tmp_path / "r.json"
     records.save(path, record(**changes))
-    fresh = record(parts={"tests": {**PASSED, "backends": {}}}, rows=[], ceilings=None)
+    fresh = record(parts={"tests": {**PASSED, "ops": {}}}, rows=[], ceilings=None)
     assert parts.merge(fresh, path) == fresh
 
 
@@ -188,7 +204,7 @@ def test_a_part_that_did_not_run_keeps_the_earlier_one(tmp_path):
 
 def test_verdicts():
     def of(backend: str = "triton", **changes: Any) -> tuple[str, str]:
-        made = parts.verdicts(record(**changes))[backend]
+        made = parts.verdicts(record(**changes))["lora_linear"][backend]
         return made["verdict"], " ".join(made["why"])
 
     whole = record()["parts"]
@@ -202,12 +218,12 @@ def test_verdicts():
     assert of(parts={**whole, "tests": parts.not_run("no pytest")}) == (
         "not run", "tests: no pytest",
     )  # fmt: skip
-    found = {"triton": {"status": "failed", "why": "racecheck: hazard"}}
-    assert of(parts={**whole, "sanitize": {**PASSED, "status": "failed", "backends": found}}) == (
+    found = {"lora_linear": {"triton": {"status": "failed", "why": "racecheck: hazard"}}}
+    assert of(parts={**whole, "sanitize": {**PASSED, "status": "failed", "ops": found}}) == (
         "failed", "sanitize: racecheck: hazard",
     )  # fmt: skip
-    nobodys = {"any": {"status": "failed", "why": "test_import"}}
-    broken = {**PASSED, "status": "failed", "backends": nobodys}
+    nobodys = {"lora_linear": {"any": {"status": "failed", "why": "test_import"}}}
+    broken = {**PASSED, "status": "failed", "ops": nobodys}
     assert of("cuda", parts={**whole, "tests": broken})[0] == "failed"
 
 
@@ -224,7 +240,7 @@ def group(*entries: dict[str, Any], finished: bool = True) -> test_part.Group:
 
 
 def test_tests_are_counted_per_backend():
-    file = "tests/ops/test_x_gpu.py"
+    file = "tests/ops/test_lora_linear_gpu.py"
     made = test_part.summarise(
         {
             "aten": group({"collected": 1}, heard(f"{file}::test_ranks[aten-16]")),
@@ -237,16 +253,17 @@ def test_tests_are_counted_per_backend():
         2.0,
     )
     assert made["status"] == "failed"
-    assert {b: e["status"] for b, e in made["backends"].items()} == {
+    assert {b: e["status"] for b, e in made["ops"]["lora_linear"].items()} == {
         "triton": "passed", "cuda": "failed", "aten": "passed",
     }  # fmt: skip
     assert (made["passed"], made["failed"], made["skipped"]) == (2, 1, 1)
-    assert "too large" in made["backends"]["cuda"]["why"]
+    assert "too large" in made["ops"]["lora_linear"]["cuda"]["why"]
 
 
 def test_a_failure_of_nobody_counts_against_all():
     made = test_part.summarise({"others": group(heard("tests/test_x.py::test_x", "failed"))}, 1.0)
-    assert made["backends"]["any"]["status"] == "failed"
+    assert all(own["any"]["status"] == "failed" for own in made["ops"].values())
+    assert made["ops"].keys() == parts.covered().keys()
 
 
 def test_another_op_fails_the_part_and_none_of_these_kernels():
@@ -261,8 +278,16 @@ def test_another_op_fails_the_part_and_none_of_these_kernels():
         1.0,
     )
     assert made["status"] == "failed"
-    assert made["backends"]["triton"]["status"] == "passed"
-    assert "any" not in made["backends"]
+    own = made["ops"]["lora_linear"]
+    assert own["triton"]["status"] == "passed"
+    assert "any" not in own
+
+
+def test_the_op_of_a_test_is_the_one_it_names():
+    file = "tests/ops/test_quant_linear_gpu.py::test_x[lora_linear]"
+    assert test_part.ops_of(file) == {"quant_linear"}
+    assert test_part.ops_of("tests/test_gpu_ops.py::test_x[rope-triton-0]") == {"rope"}
+    assert len(test_part.ops_of("tests/test_philox_jit.py::test_x[triton]")) > 2
 
 
 def test_a_test_that_never_returns_has_failed_and_the_others_stand():
@@ -270,19 +295,19 @@ def test_a_test_that_never_returns_has_failed_and_the_others_stand():
     hung.lines.append('{"test": "t.py::te')
     made = test_part.summarise({"aten": group(heard("t.py::test_a[aten]")), "triton": hung}, 9.0)
     assert made["status"] == "failed"
-    assert "never returned" in made["backends"]["triton"]["why"]
-    assert made["backends"]["aten"]["status"] == "passed"
+    assert "never returned" in made["ops"]["lora_linear"]["triton"]["why"]
+    assert made["ops"]["lora_linear"]["aten"]["status"] == "passed"
 
 
 def test_a_group_that_does_not_finish_is_no_proof():
     late = group(heard("t.py::test_a[triton]"), finished=False)
     made = test_part.summarise({"triton": late}, 9.0)
-    assert made["status"] == made["backends"]["triton"]["status"] == "not run"
+    assert made["status"] == made["ops"]["lora_linear"]["triton"]["status"] == "not run"
 
 
 def test_tests_that_only_skip_prove_nothing():
     made = test_part.summarise({"triton": group(heard("t.py::test_a[triton]", "skipped"))}, 1.0)
-    assert made["status"] == made["backends"]["triton"]["status"] == "not run"
+    assert made["status"] == made["ops"]["lora_linear"]["triton"]["status"] == "not run"
 
 
 def test_the_plugin_writes_what_happened_and_stops_in_time(tmp_path):
@@ -362,7 +387,7 @@ def test_the_sanitizer_is_called_for_every_tool_and_backend(monkeypatch, tmp_pat
         "#!/bin/sh\n"
         f'echo "$PYTORCH_NO_CUDA_MEMORY_CACHING $*" >> {tmp_path}/calls\n'
         'case "$*" in\n'
-        '*racecheck*triton) echo "========= Race reported between Write and Read"; exit 9;;\n'
+        '*racecheck*lora_linear*triton) echo "========= Race reported between Write"; exit 9;;\n'
         '*cuda) echo "_cuda.so is not built"; exit 4;;\n'
         "esac\n"
     )
@@ -370,12 +395,15 @@ def test_the_sanitizer_is_called_for_every_tool_and_backend(monkeypatch, tmp_pat
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     made = sanitize_part.run(60.0)
     assert made["status"] == "failed"
-    assert made["backends"]["triton"]["why"].startswith("racecheck: ========= Race reported")
-    assert made["backends"]["cuda"] == {
+    assert made["ops"]["lora_linear"]["triton"]["why"].startswith(
+        "racecheck: ========= Race reported"
+    )
+    assert made["ops"]["lora_linear"]["cuda"] == {
         "status": "not run", "why": "memcheck: _cuda.so is not built",
     }  # fmt: skip
+    assert set(made["ops"]) == set(parts.covered())
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert len(calls) == 6
+    assert len(calls) == 3 * sum(len(own) - 1 for own in parts.covered().values())
     assert all(call.startswith("1 --tool ") for call in calls)
 
 
@@ -396,7 +424,7 @@ def test_table_and_readme_of_a_record():
         assert text in cuda
     assert any("liger" in line and "not timed: has no LoRA linear" in line for line in shown)
     text = gpu_report.readme(made)
-    assert "| 8192×4096×4096 | 16 | 0 | bfloat16 | 0.350 | 1.50 | 1.20 | 1.10 | **1.05** |" in text
+    assert "| 8192×4096×4096 r16 bfloat16 | 0.350 | 1.50 | 1.20 | 1.10 | **1.05** |" in text
     assert "Liger" not in text
     assert "790 TFLOP/s" in text
 

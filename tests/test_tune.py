@@ -13,7 +13,7 @@ import lora_kernels as lk
 from benchmarks import gpu, machine, tile_search, tune
 from benchmarks.providers import Case
 from benchmarks.timing import DeviceClock, Quartiles, Timing
-from lora_kernels.ops import _ledger
+from lora_kernels.ops import _evidence, _ledger
 from lora_kernels.ops.lora_linear import configs, problem, tuned_tiles
 from tests.test_gpu_bench import FakeEvent
 from tests.test_gpu_check import record, row
@@ -30,12 +30,15 @@ def gpu_record(**changes: Any) -> dict[str, Any]:
 def test_entries_hold_aten_and_the_kernels_per_adapter_dtype():
     made = tune.entries(gpu_record()["rows"])
     assert len(made) == 4  # two directions, two dtypes of the adapter; fwdbwd is no direction
-    assert {(e["direction"], e["adapter_dtype"]) for e in made} == {
+    assert {(e["direction"], e["kind"]["adapter_dtype"]) for e in made} == {
         ("fwd", "bfloat16"), ("bwd", "bfloat16"), ("fwd", "float32"), ("bwd", "float32"),
     }  # fmt: skip
-    plain = next(e for e in made if e["adapter_dtype"] == "bfloat16")
-    assert set(plain["ms"]) == {"aten", "triton", "cuda"}
-    assert set(next(e for e in made if e["adapter_dtype"] == "float32")["ms"]) == {"aten", "triton"}
+    for adapter, names in (
+        ("bfloat16", {"aten", "triton", "cuda"}),
+        ("float32", {"aten", "triton"}),
+    ):
+        here = next(e for e in made if e["kind"]["adapter_dtype"] == adapter)
+        assert set(here["ms"]) == names
 
 
 def test_what_was_not_timed_is_no_entry():
@@ -44,11 +47,10 @@ def test_what_was_not_timed_is_no_entry():
     assert tune.entries([row("triton")]) == []
 
 
-def test_a_group_keeps_its_members():
-    (made,) = tune.entries(
-        [row(p, members=[4096, 1024], shape=[8192, 4096, 5120]) for p in ("aten", "cuda")]
-    )
-    assert (made["N"], made["rank"]) == ([4096, 1024], [16, 16])
+def test_other_problems_are_other_entries():
+    pair = {"members": 2, "dtype": "bfloat16", "adapter_dtype": "bfloat16", "dropout": False}
+    rows = [row(p, kind=k) for p in ("aten", "cuda") for k in (pair, row("aten")["kind"])]
+    assert [e["kind"]["members"] for e in tune.entries(rows)] == [2, 1]
 
 
 @pytest.fixture
@@ -66,7 +68,7 @@ def h100(monkeypatch, tmp_path):
 
     def forget() -> None:
         tuned_tiles.forget()
-        problem._choose.cache_clear()
+        _evidence.forget()
 
     forget()
     yield forget
@@ -89,7 +91,7 @@ def test_a_record_becomes_evidence(h100, tmp_path, capsys):
 
 def test_a_failed_check_is_no_evidence(h100, tmp_path):
     bad = gpu_record()
-    bad["kernels"]["cuda"]["verdict"] = "failed"
+    bad["kernels"]["lora_linear"]["cuda"]["verdict"] = "failed"
     source = tmp_path / "r" / "r.json"
     source.parent.mkdir()
     source.write_text(json.dumps(bad))
@@ -109,14 +111,16 @@ TILE = {
 
 def test_tuned_tiles_are_used_and_kept_and_part_of_the_digest(h100, tmp_path):
     path = tmp_path / "nvidia-h100-80gb-hbm3.json"
-    measured_without = tune.table(gpu_record(), [TILE])
+    measured_without = tune.table(gpu_record(), "lora_linear", [TILE])
     path.write_text(json.dumps(measured_without))
     h100()
     where = configs.target("sm_90", 132)
     default = configs.dy_pass(8192, 4096, 16, 2, where)
     assert default.splits != 7, "these tiles were tuned for other kernels"
     own = {"triton": _ledger.digest("lora_linear", "triton", (TILE,)), "cuda": "c"}
-    path.write_text(json.dumps(tune.table(gpu_record(digests=own), [TILE])))
+    path.write_text(
+        json.dumps(tune.table(gpu_record(digests={"lora_linear": own}), "lora_linear", [TILE]))
+    )
     h100()
     assert configs.dy_pass(8192, 4096, 16, 2, where) == configs.Rows(64, 32, 7, 4, 2)
     assert configs.dy_pass(5000, 4096, 16, 2, where).splits == 7
@@ -128,7 +132,7 @@ def test_tuned_tiles_are_used_and_kept_and_part_of_the_digest(h100, tmp_path):
     assert own["triton"].startswith("t-")
     source = tmp_path / "r" / "r.json"
     source.parent.mkdir()
-    again = gpu_record(digests=own)
+    again = gpu_record(digests={"lora_linear": own})
     source.write_text(json.dumps(again))
     assert tune.main(["--op", "lora_linear", "--from", str(source), "--out", str(tmp_path)]) == 0
     assert json.loads(path.read_text())["configs"] == [TILE]
@@ -162,7 +166,7 @@ def test_without_a_gpu_one_line_and_exit_code_3(tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("arguments", [[], ["--op", "attention"], ["--op", "lora_linear", "-x"]])
+@pytest.mark.parametrize("arguments", [[], ["--op", "softmax"], ["--op", "lora_linear", "-x"]])
 def test_bad_arguments_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         tune.parse(arguments)
@@ -171,15 +175,15 @@ def test_bad_arguments_are_refused(arguments, capsys):
 
 def test_an_earlier_failure_of_the_same_sources_stands(tmp_path):
     bad = gpu_record()
-    bad["kernels"]["triton"]["verdict"] = "failed"
+    bad["kernels"]["lora_linear"]["triton"]["verdict"] = "failed"
     folder = tmp_path / "nvidia-h100-80gb-hbm3"
     folder.mkdir()
     (folder / "a.json").write_text(json.dumps(bad))
     (folder / "broken.json").write_text("{")
     for digests, want in (({"triton": "t"}, "failed"), ({"triton": "new"}, "passed")):
-        fresh = {"device": bad["device"], "digests": {"cuda": "c", **digests}}
-        made = tune.verdicts([row("triton"), row("cuda")])
-        tune.overrule(made, fresh, tmp_path)
+        fresh = {"device": bad["device"], "digests": {"lora_linear": {"cuda": "c", **digests}}}
+        made = tune.verdicts([row("triton"), row("cuda")], "lora_linear")
+        tune.overrule(made, fresh, "lora_linear", tmp_path)
         assert made["triton"]["verdict"] == want
         assert made["cuda"]["verdict"] == "passed"
 

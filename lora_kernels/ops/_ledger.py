@@ -22,15 +22,15 @@ import torch
 
 from lora_kernels._backends import cuda as cuda_library
 
-SCHEMA = 1
+SCHEMA = 2
 VERDICTS = ("passed", "failed", "not run")
 DIRECTIONS = ("fwd", "bwd")
 PACKAGE = Path(__file__).resolve().parents[1]
-# What a backend's results depend on; `{op}` is the op's folder.
+# What a backend's results depend on; `{op}` is the op's folder. chunks: loops that backends share.
 SOURCES = {
-    "triton": ("ops/_*triton*.py", "ops/{op}/triton*.py", "ops/{op}/configs.py",
-               "_backends/triton*.py"),
-    "cuda": ("ops/{op}/cuda*.py", "_backends/cuda*.py"),
+    "triton": ("ops/_*triton*.py", "ops/{op}/triton*.py", "ops/{op}/*configs.py",
+               "ops/{op}/chunks.py", "_backends/triton*.py"),
+    "cuda": ("ops/_*cuda*.py", "ops/{op}/cuda*.py", "ops/{op}/chunks.py", "_backends/cuda*.py"),
 }  # fmt: skip
 
 
@@ -44,15 +44,11 @@ class Device:
 
 @dataclass(frozen=True)
 class Entry:
-    """Times of one problem in one direction. N and rank are per group member, `ms` per backend."""
+    """Times of one problem in one direction, `ms` per backend. A measurement speaks for other
+    `sizes` near by, but for no other `kind`; both are the op's (see _evidence.py)."""
 
-    M: int
-    K: int
-    N: tuple[int, ...]
-    rank: tuple[int, ...]
-    dtype: str
-    adapter_dtype: str
-    dropout: bool
+    sizes: dict[str, int]
+    kind: dict[str, Any]
     direction: str
     ms: dict[str, float]
 
@@ -91,15 +87,14 @@ def _require(ok: bool, what: str) -> None:
 
 def _entry(raw: dict[str, Any]) -> Entry:
     made = Entry(
-        M=raw["M"], K=raw["K"], N=tuple(raw["N"]), rank=tuple(raw["rank"]), dtype=raw["dtype"],
-        adapter_dtype=raw["adapter_dtype"], dropout=raw["dropout"], direction=raw["direction"],
+        sizes=dict(raw["sizes"]), kind=dict(raw["kind"]), direction=raw["direction"],
         ms=dict(raw["ms"]),
     )  # fmt: skip
-    sizes = (made.M, made.K, *made.N, *made.rank)
-    _require(all(type(n) is int and n > 0 for n in sizes), f"sizes {sizes} of an entry")
-    _require(len(made.N) == len(made.rank) > 0, "N and rank of an entry differ in length")
+    _require(
+        bool(made.sizes) and all(type(n) is int and n > 0 for n in made.sizes.values()),
+        f"sizes={made.sizes} of an entry",
+    )
     _require(made.direction in DIRECTIONS, f"direction={made.direction!r}")
-    _require(type(made.dropout) is bool, f"dropout={made.dropout!r}")
     _require(
         all(type(t) in (int, float) and math.isfinite(t) and t > 0 for t in made.ms.values()),
         f"ms={made.ms}",

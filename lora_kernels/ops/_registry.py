@@ -39,7 +39,7 @@ OPS: tuple[OpSpec, ...] = (
     ),
     OpSpec(
         name="lora_linear",
-        backends=("reference", "aten", "cpu", "triton", "cuda"),
+        backends=lora_linear.BACKENDS,
         schemas=("lora_kernels::lora_linear_fwd", "lora_kernels::lora_linear_bwd"),
         problem=lora_linear.LoraLinearProblem.from_shapes,
         supports=lora_linear.supports,

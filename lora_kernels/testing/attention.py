@@ -153,13 +153,14 @@ def scores(
     z = (q @ k.mT) * (depth**-0.5 if scale is None else scale)
     if o.get("softcap"):
         z = o["softcap"] * torch.tanh(z / o["softcap"])
-    distance = torch.arange(keys)[None, :] - torch.arange(rows)[:, None] - (keys - rows)
+    at = torch.arange(max(rows, keys), device=q.device)
+    distance = at[None, :keys] - at[:rows, None] - (keys - rows)
     if slopes is not None:
         slopes = slopes if slopes.dim() == 2 else slopes[None]
         z = z - (slopes.double()[:, :, None, None] * distance.abs()).to(z.dtype)
     if mask is not None and mask.dtype != torch.bool:
         z = z + mask
-    seen = torch.ones(rows, keys, dtype=torch.bool)
+    seen = torch.ones(rows, keys, dtype=torch.bool, device=q.device)
     left, right = o.get("window") or (-1, -1)
     if o.get("causal"):
         right = 0
@@ -187,7 +188,7 @@ def _dense(
     lse = filled.logsumexp(-1) if z.shape[-1] else filled.new_zeros(z.shape[:-1])
     p = filled.softmax(-1).masked_fill(empty, 0.0)[..., :keys]
     if o.get("dropout_p"):
-        seed, streams = torch.tensor(o["seed"]), range(p.shape[0] * p.shape[1])
+        seed, streams = torch.tensor(o["seed"], device=p.device), range(p.shape[0] * p.shape[1])
         kept = [
             _philox.keep_mask(seed, rows, keys, o["dropout_p"], first_stream + s) for s in streams
         ]
@@ -227,7 +228,7 @@ def _library_results(i: AttentionInputs) -> dict[str, Tensor]:
         return {}
     named = {n: getattr(i, n).detach().requires_grad_() for n in ("q", "k", "v")}
     q, k, v = (t.transpose(1, 2) for t in named.values())
-    bias = torch.zeros(q.shape[0], q.shape[1], q.shape[2], k.shape[2], dtype=q.dtype)
+    bias = q.new_zeros(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     zero = AttentionInputs(i.q, i.k, i.v, options={**o, "scale": 0.0})
     bias = bias + scores(zero, named, i.attn_mask, i.alibi_slopes).detach()
     if i.sinks is not None:
@@ -248,10 +249,10 @@ def _with_gradients(
     i: AttentionInputs, out: Tensor, lse: Tensor, named: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    dout = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+    dout = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
     loss = (out * dout).sum()
     if i.options.get("return_lse"):
-        dlse = torch.randn(lse.shape, generator=generator, dtype=torch.float64).to(lse.dtype)
+        dlse = torch.randn(lse.shape, generator=generator, dtype=torch.float64).to(lse)
         loss = loss + (lse * dlse).masked_fill(lse == -torch.inf, 0.0).sum()
     if loss.requires_grad:
         loss.backward()

@@ -133,7 +133,7 @@ def _with_gradients(
     i: LinearCrossEntropyInputs, loss: Tensor, named: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    upstream = torch.rand(loss.shape, generator=generator, dtype=torch.float64).to(loss.dtype)
+    upstream = torch.rand(loss.shape, generator=generator, dtype=torch.float64).to(loss)
     loss.backward(upstream)
     grads = {f"d{n}": t.grad for n, t in named.items() if t.grad is not None}
     return {"loss": loss.detach(), **grads}

@@ -84,8 +84,8 @@ def _gradients(outs: dict[str, Tensor], leaves: dict[str, Tensor]) -> dict[str, 
     generator = torch.Generator().manual_seed(1)
     total = torch.zeros((), dtype=torch.float64)
     for out in outs.values():
-        dy = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
-        total = total + (out * dy).double().sum()
+        dy = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
+        total = total.to(out.device) + (out * dy).double().sum()
     if total.requires_grad:
         total.backward()
     grads = {f"d{n}": t.grad for n, t in leaves.items() if t.grad is not None}

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels.ops import _ledger
-from lora_kernels.ops.lora_linear import evidence, problem
+from lora_kernels.ops import _evidence, _ledger
+from lora_kernels.ops.lora_linear import problem
 
 H100 = _ledger.Device("NVIDIA H100 80GB HBM3", "sm_90")
 H200 = _ledger.Device("NVIDIA H200", "sm_90")
@@ -21,16 +21,17 @@ DIGESTS = {"triton": "a1", "cuda": "b2"}
 
 
 def entry(ms: dict[str, float], **changes: Any) -> dict[str, Any]:
-    return {
-        "M": 8192, "K": 4096, "N": [4096], "rank": [16], "dtype": "bfloat16",
-        "adapter_dtype": "bfloat16", "dropout": False, "direction": "fwd", "ms": ms, **changes,
-    }  # fmt: skip
+    """`changes`: of the direction, or of sizes."""
+    sizes = {"M": 8192, "K": 4096, "N": 4096, "rank": 16}
+    kind = {"members": 1, "dtype": "bfloat16", "adapter_dtype": "bfloat16", "dropout": False}
+    direction = changes.pop("direction", "fwd")
+    return {"sizes": sizes | changes, "kind": kind, "direction": direction, "ms": ms}
 
 
 def table(**changes: Any) -> dict[str, Any]:
     both = {"aten": 1.0, "triton": 0.9, "cuda": 0.8}
     return {
-        "schema": 1, "op": "lora_linear",
+        "schema": 2, "op": "lora_linear",
         "device": {"type": "cuda", "name": H100.name, "architecture": H100.architecture},
         "date": "2026-11-22T10:00:00+00:00", "commit": "0123456789ab",
         "backends": {b: {"verdict": "passed", "digest": d} for b, d in DIGESTS.items()},
@@ -53,8 +54,7 @@ def ledger(tmp_path, monkeypatch):
     monkeypatch.setattr(problem, "backend_module", lambda name: (able, ""))
 
     def forget() -> None:
-        _ledger.read.cache_clear()
-        problem._choose.cache_clear()
+        _evidence.forget()
 
     def write(name: str, content: Any) -> None:
         text = content if isinstance(content, str) else json.dumps(content)
@@ -124,11 +124,11 @@ def test_a_wrong_kernel_is_never_picked(ledger, verdict, says):
 def test_changed_sources_lose_their_evidence(ledger, monkeypatch):
     ledger("t.json", table())
     monkeypatch.setitem(DIGESTS, "cuda", "changed")
-    problem._choose.cache_clear()
+    _evidence.forget()
     backend, _ = explain()
     assert backend == "triton"
     monkeypatch.setitem(DIGESTS, "triton", "changed")
-    problem._choose.cache_clear()
+    _evidence.forget()
     backend, reason = explain()
     assert backend == "aten"
     assert "its sources changed since they were measured" in reason
@@ -138,7 +138,7 @@ def test_the_same_architecture_counts_and_another_does_not(ledger, monkeypatch):
     ledger("h100.json", table())
     for device, want in ((H200, "cuda"), (A100, "aten")):
         monkeypatch.setattr(_ledger, "device", lambda index, device=device: device)
-        problem._choose.cache_clear()
+        _evidence.forget()
         assert explain()[0] == want
     assert "never run on hardware of this kind (NVIDIA A100-SXM4-80GB, sm_80)" in explain()[1]
 
@@ -156,7 +156,7 @@ def test_the_device_itself_comes_before_its_architecture(ledger):
 def test_no_gpu_here(ledger, monkeypatch):
     ledger("t.json", table())
     monkeypatch.setattr(_ledger, "device", lambda index: None)
-    problem._choose.cache_clear()
+    _evidence.forget()
     backend, reason = explain()
     assert backend == "aten"
     assert "torch sees no GPU 0 here" in reason
@@ -167,7 +167,7 @@ def test_a_question_about_gpus_is_answered_without_one():
     """With whatever backends are installed here."""
     backend, reason = explain()
     assert backend == "aten"
-    for name in evidence.BACKENDS:
+    for name in _evidence.BACKENDS:
         assert f"{name}: torch sees no GPU 0 here" in reason
 
 
@@ -215,7 +215,8 @@ BROKEN = {
     "time that is no number": table(entries=[entry({"aten": 1.0, "cuda": float("nan")})]),
     "text for a time": table(entries=[entry({"aten": 1.0, "cuda": "0.1"})]),
     "zero rows": table(entries=[entry({"aten": 1.0, "cuda": 0.1}, M=0)]),
-    "lengths differ": table(entries=[entry({"aten": 1.0, "cuda": 0.1}, rank=[16, 16])]),
+    "text for a size": table(entries=[entry({"aten": 1.0, "cuda": 0.1}, rank="16")]),
+    "no sizes": table(entries=[{**entry({"aten": 1.0, "cuda": 0.1}), "sizes": {}}]),
     "unknown direction": table(entries=[entry({"aten": 1.0, "cuda": 0.1}, direction="both")]),
     "entries missing": {k: v for k, v in table().items() if k != "entries"},
 }
@@ -263,7 +264,7 @@ def test_digest_follows_names_and_contents(tmp_path):
     assert len({base, changed, _ledger.digest_of([tmp_path / "c.py", second])}) == 3
 
 
-@pytest.mark.parametrize("backend", evidence.BACKENDS)
+@pytest.mark.parametrize("backend", _evidence.BACKENDS)
 def test_backends_have_a_digest(backend):
     assert _ledger.source_digest("lora_linear", backend)
 

@@ -1,4 +1,4 @@
-"""Part ``bench``: the benchmark of lora_linear, with the ceilings of the same run.
+"""Part ``bench``: the benchmark of every op with kernels, with the ceilings of the same run.
 
     python -m tools.gpu_check.bench_part FILE SECONDS
 
@@ -13,12 +13,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import gpu, gpu_report
-from benchmarks.providers import Case
-from tools.gpu_check.parts import BACKENDS
+from benchmarks.gpu_ops import ROWS
+from benchmarks.gpu_ops.row import GpuOp, Run
+from tools.gpu_check.parts import BACKENDS, covered
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = 10
@@ -37,10 +42,10 @@ def entry(rows: list[dict[str, Any]], why: str, seconds: float) -> dict[str, Any
     status = "failed" if wrong else "passed" if any(not r["skipped"] for r in rows) else "not run"
     if wrong:
         first = wrong[0]
-        why = f"{first['provider']} at {gpu_report.label(first)}: {first['skipped'][:160]}"
+        why = f"{first['op']}, {first['provider']} at {first['case']}: {first['skipped'][:160]}"
     elif status == "not run":
         why = why or "nothing was timed"
-    return {"status": status, "why": why, "seconds": round(seconds, 1), "backends": {}}
+    return {"status": status, "why": why, "seconds": round(seconds, 1), "ops": {}}
 
 
 def collect(lines: list[str], ending: str) -> tuple[list[dict[str, Any]], dict[str, float] | None]:
@@ -86,7 +91,18 @@ def run(
     return entry(rows, ending, time.monotonic() - start), rows, top
 
 
-def child(out: Path, seconds: float) -> int:
+def in_turn() -> Iterator[tuple[GpuOp, int]]:
+    """(op, number of a case): the first case of every op comes before the second of any."""
+    rows = [ROWS[op] for op in covered()]
+    for number in range(max(row.count() for row in rows)):
+        for row in rows:
+            if number < row.count():
+                yield row, number
+
+
+def child(
+    out: Path, seconds: float, device: str = "cuda", count: tuple[str, ...] = gpu.MODES
+) -> int:
     # A case takes up to a minute, the first one most: none is started in the last one.
     deadline = time.monotonic() + max(1.0, seconds - 60.0)
     with out.open("a", encoding="utf-8") as file:
@@ -95,20 +111,26 @@ def child(out: Path, seconds: float) -> int:
             file.write(json.dumps(said) + "\n")
             file.flush()
 
-        def announce(name: str, case: Case) -> None:
-            begun = gpu.row(case, "fwd", name, None, None, {}, {})
-            write(begin=begun) if name else write(timing=True)
+        def announce(begun: dict[str, Any] | None) -> None:
+            write(timing=True) if begun is None else write(begin=begun)
 
         timed = gpu.device_clock()
         top = gpu.ceilings(timed)
         write(ceilings=top)
         print(gpu_report.HEADER, flush=True)
-        for made in gpu.run_all(
-            gpu.CASES, list(gpu.DEFAULT), gpu.MODES, top, timed, ROUNDS, deadline,
-            announce=announce,
-        ):  # fmt: skip
-            write(**made)
-            print(gpu_report.line(made), flush=True)
+        run = Run(top, timed, ROUNDS, device, count=count, announce=announce)
+        for op, number in in_turn():
+            if time.monotonic() >= deadline:
+                print(f"no time left for {op.name}, case {number + 1} of {op.count()}", flush=True)
+                continue
+            for made in op.bench(number, op.providers(), run):
+                write(**made)
+                print(gpu_report.line(made), flush=True)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if number == 0 and op.name == next(iter(ROWS)):
+                # Counting launches takes its time: of the first case in all modes, then in one.
+                run = replace(run, count=count[-1:])
     return 0
 
 

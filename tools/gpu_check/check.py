@@ -49,7 +49,7 @@ def head(argv: list[str], device: dict[str, Any], commit: str) -> dict[str, Any]
     return {
         "schema": records.SCHEMA, "op": "gpu_check", **described,
         "triton": machine.version("triton"),
-        "digests": _ledger.digests_here("lora_linear"),
+        "digests": {op: _ledger.digests_here(op) for op in parts.covered()},
         "parts": {}, "kernels": {}, "ceilings": None, "rows": [],
     }  # fmt: skip
 

@@ -7,10 +7,11 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tools.gpu_check.parts import not_run
+from tools.gpu_check.parts import KERNELS, covered, not_run
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("memcheck", "racecheck", "synccheck")
@@ -41,29 +42,42 @@ def worst(entries: list[tuple[str, str]]) -> dict[str, str]:
     return {"status": "passed", "why": ""}
 
 
-def run(seconds: float, backends: tuple[str, ...] = ("triton", "cuda")) -> dict[str, Any]:
-    """memcheck, racecheck and synccheck of each backend; never longer than `seconds`."""
+def run(seconds: float, ops: tuple[str, ...] | None = None) -> dict[str, Any]:
+    """memcheck, racecheck and synccheck of every op's kernels; never longer than `seconds`.
+
+    A process per op, backend and tool, some of them side by side, since most of their time is
+    start and compilation; the first tool of all comes before the second of any.
+    """
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         return not_run("compute-sanitizer is not on PATH")
-    start, found = time.monotonic(), {}
-    for backend in backends:
-        entries = []
-        for tool in TOOLS:
-            left = seconds - (time.monotonic() - start)
-            if left < 5:
-                entries.append(("not run", f"no time left for {tool}"))
-                continue
-            entries.append(one(sanitizer, tool, backend, left))
-        found[backend] = worst(entries)
-    total = worst([(e["status"], f"{b}: {e['why']}") for b, e in found.items()])
-    return {**total, "seconds": round(time.monotonic() - start, 1), "backends": found}
+    start = time.monotonic()
+    asked = {op: own for op, own in covered().items() if ops is None or op in ops}
+    jobs = [
+        (tool, op, b) for tool in TOOLS for op, own in asked.items() for b in own if b in KERNELS
+    ]
+
+    def work(job: tuple[str, str, str]) -> tuple[str, str]:
+        left = seconds - (time.monotonic() - start)
+        return ("not run", f"no time left for {job[0]}") if left < 5 else one(sanitizer, *job, left)
+
+    with ThreadPoolExecutor(max(1, min(6, (os.cpu_count() or 2) // 2))) as pool:
+        told = dict(zip(jobs, pool.map(work, jobs), strict=True))
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for op, own in asked.items():
+        mine = {b: [told[tool, op, b] for tool in TOOLS] for b in own if b in KERNELS}
+        found[op] = {b: worst(entries) for b, entries in mine.items()}
+    flat = [
+        (e["status"], f"{op}, {b}: {e['why']}") for op, of in found.items() for b, e in of.items()
+    ]
+    return {**worst(flat), "seconds": round(time.monotonic() - start, 1), "ops": found}
 
 
-def one(sanitizer: str, tool: str, backend: str, seconds: float) -> tuple[str, str]:
+def one(sanitizer: str, tool: str, op: str, backend: str, seconds: float) -> tuple[str, str]:
     command = [
         sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), "--target-processes", "all",
-        "--print-limit", "20", sys.executable, "-m", "tools.gpu_check.small_shapes", backend,
+        "--print-limit", "20",
+        sys.executable, "-m", "tools.gpu_check.small_shapes", op, backend,
     ]  # fmt: skip
     # Each tensor an allocation of its own, so that an access past its end is one.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

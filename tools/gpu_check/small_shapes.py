@@ -1,6 +1,6 @@
-"""Small problems on one backend against the oracle: what a sanitizer watches.
+"""Small problems of one op on one backend against the oracle: what a sanitizer watches.
 
-python -m tools.gpu_check.small_shapes BACKEND
+python -m tools.gpu_check.small_shapes OP BACKEND
 """
 
 from __future__ import annotations
@@ -9,33 +9,28 @@ import sys
 
 import torch
 
-from lora_kernels.errors import BackendUnavailableError
-from lora_kernels.testing import check_lora_linear, lora_linear_inputs
-
-# (M, K, N, rank, dropout): every edge once, groups, ranks off the tile.
-PROBLEMS = (
-    (65, 96, (80,), 8, 0.0),
-    (130, 264, (136, 72), 16, 0.25),
-    (33, 70, (45,), 5, 0.0),
-    (1, 128, (256,), 64, 0.1),
-)
+from benchmarks.gpu_ops import ROWS
+from benchmarks.peers import UnavailableError
 
 
-def main(argv: list[str]) -> int:
-    """0: right; 1: wrong; 4: the backend cannot run here."""
-    (backend,) = argv
-    for m, k, n, rank, dropout_p in PROBLEMS:
-        for dtype in (torch.bfloat16, torch.float16):
-            inputs = lora_linear_inputs(m, k, n, rank, dtype, dropout_p=dropout_p, device="cuda")
-            try:
-                check_lora_linear(inputs, backend, "xab")
-            except BackendUnavailableError as error:
-                print(error)
-                return 4
-            except AssertionError as error:
-                print(error)
-                return 1
-    torch.cuda.synchronize()
+def main(argv: list[str], device: str = "cuda") -> int:
+    """0: right; 1: wrong; 4: the backend can run none of them here."""
+    op, backend = argv
+    ran, why = 0, ""
+    for keywords in ROWS[op].small:
+        try:
+            ROWS[op].check(keywords, backend, device)
+            ran += 1
+        except UnavailableError as error:
+            why = str(error)
+        except AssertionError as error:
+            print(f"{keywords}: {error}")
+            return 1
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    if not ran:
+        print(why)
+        return 4
     return 0
 
 

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_kernels.ops._registry import OPS
-from tools.gpu_check.parts import BACKENDS, not_run
+from tools.gpu_check.parts import BACKENDS, NOBODYS, covered, not_run
 
-OP = "lora_linear"
 ROOT = Path(__file__).resolve().parents[2]
 OTHERS = "others"
 GROUPS = {**{b: b for b in BACKENDS}, OTHERS: " and ".join(f"not {b}" for b in BACKENDS)}
@@ -40,10 +39,16 @@ def backends_of(test: str) -> set[str]:
     return set(re.split(r"[^a-z0-9]+", test.lower())) & set(BACKENDS)
 
 
-def judges(test: str) -> bool:
-    """Does a test speak for the kernels of this op: its file names no other one."""
-    file = test.partition("::")[0]
-    return not any(spec.name in file for spec in OPS if spec.name != OP)
+def ops_of(test: str) -> set[str]:
+    """The ops that a test speaks for: the one that its file names, else those that its name or
+    parameters name, else all of them."""
+    file, _, rest = test.partition("::")
+    every = [spec.name for spec in OPS]
+    for text in (file, rest):
+        named = {op for op in every if re.search(rf"(?<![a-z]){op}(?![a-z])", text)}
+        if named:
+            return named
+    return set(every)
 
 
 def _decoded(lines: list[str]) -> list[dict[str, Any]]:
@@ -80,20 +85,22 @@ def _one(tests: list[dict[str, Any]], finished: bool) -> dict[str, str]:
 
 
 def summarise(groups: dict[str, Group], seconds: float) -> dict[str, Any]:
-    """The part's entry. A test that speaks of several backends counts for each of them; one of
-    another op fails the part, but none of these kernels."""
+    """The part's entry, per op and backend. A test that speaks of several counts for each."""
     told = {name: heard(group) for name, group in groups.items()}
     tests = list({e["test"]: e for entries in told.values() for e in entries}.values())
     failures = [e for e in tests if e["outcome"] == "failed"]
     counts = {o: sum(e["outcome"] == o for e in tests) for o in ("passed", "failed", "skipped")}
-    backends = {}
-    for backend in BACKENDS:
-        mine = [e for e in tests if backend in backends_of(e["test"]) and judges(e["test"])]
-        finished = backend not in groups or groups[backend].finished
-        backends[backend] = _one(mine, finished)
-    nobodys = [e for e in failures if not backends_of(e["test"]) and judges(e["test"])]
-    if nobodys:
-        backends["any"] = _one(nobodys, True)
+    ops: dict[str, dict[str, dict[str, str]]] = {}
+    for op, backends in covered().items():
+        of_op = [e for e in tests if op in ops_of(e["test"])]
+        ops[op] = {}
+        for backend in backends:
+            mine = [e for e in of_op if backend in backends_of(e["test"])]
+            finished = backend not in groups or groups[backend].finished
+            ops[op][backend] = _one(mine, finished)
+        nobodys = [e for e in of_op if e["outcome"] == "failed" and not backends_of(e["test"])]
+        if nobodys:
+            ops[op][NOBODYS] = _one(nobodys, True)
     late = [name for name, group in groups.items() if not group.finished]
     if failures:
         status, why = "failed", f"{len(failures)} of {len(tests)} tests failed"
@@ -104,7 +111,7 @@ def summarise(groups: dict[str, Group], seconds: float) -> dict[str, Any]:
     else:
         status, why = "passed", ""
     return {
-        "status": status, "why": why, "seconds": seconds, "backends": backends, **counts,
+        "status": status, "why": why, "seconds": seconds, "ops": ops, **counts,
         "failures": [e["test"] for e in failures][:50],
     }  # fmt: skip
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from lora_kernels._backends import cpu as cpu_library
 from lora_kernels.errors import InvalidArgumentError
-from lora_kernels.ops import _dispatch, _ledger
+from lora_kernels.ops import _dispatch, _evidence, _ledger
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+BACKENDS = ("reference", "aten", "cpu", "triton", "cuda")
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,18 @@ class LoraLinearProblem:
         shapes.setdefault("weight_dtype", shapes.get("dtype", torch.float32))
         return cls(**shapes)  # type: ignore[arg-type]
 
+    def evidence_key(self) -> _evidence.Key:
+        """Sizes and kind as measurements tell them; a group counts as one."""
+        return _evidence.Key(
+            sizes={"M": self.M, "K": self.K, "N": sum(self.N), "rank": sum(self.rank)},
+            kind={
+                "members": len(self.N),
+                "dtype": _evidence.name_of(self.dtype),
+                "adapter_dtype": _evidence.name_of(self.adapter_dtype or self.dtype),
+                "dropout": self.dropout_p > 0.0,
+            },
+        )
+
 
 def supports(backend: str, problem: LoraLinearProblem) -> tuple[bool, str]:
     """Can this backend run this problem; the reason is for people."""
@@ -128,10 +141,10 @@ def choose_for(
 ) -> tuple[str, str]:
     """(backend, reason) for one direction, ``fwd`` or ``bwd``."""
     name = _dispatch.requested_backend(requested)
+    if name == "auto" and problem.device != "cpu":
+        return _evidence.choose("lora_linear", BACKENDS, problem, direction, supports)
     disabled = os.environ.get("LORA_KERNELS_DISABLE", "")
-    if problem.device == "cpu":
-        return _choose(problem, name, direction, disabled, _cpu_isa())
-    return _choose(problem, name, direction, disabled, "")
+    return _choose(problem, name, disabled, _cpu_isa() if problem.device == "cpu" else "")
 
 
 def _cpu_isa() -> str:
@@ -140,29 +153,13 @@ def _cpu_isa() -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def _choose(
-    problem: LoraLinearProblem, name: str, direction: str, disabled: str, cpu_isa: str
-) -> tuple[str, str]:
+def _choose(problem: LoraLinearProblem, name: str, disabled: str, cpu_isa: str) -> tuple[str, str]:
     """Cached on all that the answer depends on: `disabled` and `cpu_isa` serve the key alone."""
-
-    def auto_supports(candidate: str) -> tuple[bool, str]:
-        if candidate == "cpu":
-            from lora_kernels.ops.lora_linear import cpu
-
-            return cpu.preferred(problem)
-        from lora_kernels.ops.lora_linear import evidence
-
-        able, why = supports(candidate, problem)
-        return (able, why) if not able else evidence.preferred(candidate, problem, direction)
-
     if name != "auto":
         return _dispatch.resolve("lora_linear", name, (), lambda b: supports(b, problem))
-    preference: tuple[str, ...] = ("cpu",)
-    if problem.device != "cpu":
-        from lora_kernels.ops.lora_linear import evidence
+    from lora_kernels.ops.lora_linear import cpu
 
-        preference = evidence.order(problem, direction)
-    return _dispatch.resolve("lora_linear", name, preference, auto_supports)
+    return _dispatch.resolve("lora_linear", name, ("cpu",), lambda b: cpu.preferred(problem))
 
 
 def flops(problem: LoraLinearProblem, direction: str) -> float:

@@ -1,0 +1,225 @@
+"""attention: against SDPA's flash, cuDNN and efficient kernels, FlexAttention and flash-attn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.gpu_ops.row import GpuOp, Judge, Keywords, Work
+from benchmarks.peers import UnavailableError, load
+from lora_kernels.ops import attention
+from lora_kernels.testing import (
+    AttentionInputs,
+    BudgetExceededError,
+    assert_within_budget,
+    attention_inputs,
+)
+from lora_kernels.testing.attention import GRADIENT_FACTOR, results, yardstick
+from lora_kernels.testing.budget import FACTOR
+
+BF16, FP16 = torch.bfloat16, torch.float16
+SDPA = {
+    "sdpa-flash": "FLASH_ATTENTION", "sdpa-cudnn": "CUDNN_ATTENTION",
+    "sdpa-efficient": "EFFICIENT_ATTENTION",
+}  # fmt: skip
+Peer = Callable[[AttentionInputs, dict[str, Tensor]], Tensor]
+
+
+def _judge(i: AttentionInputs) -> Judge:
+    oracle = results(i, torch.float64)
+    low = yardstick(i, oracle)
+    nothing = oracle["lse"] == -torch.inf
+
+    def check(got: dict[str, Tensor], label: str) -> object:
+        if "lse" in got and not torch.equal(got["lse"] == -torch.inf, nothing):
+            raise BudgetExceededError(f"{label}: lse is -inf for rows that see a key")
+        margins = []
+        for name, t in got.items():
+            parts = [t, oracle[name], low[name]]
+            if name == "lse":
+                parts = [p.masked_fill(nothing, 0.0) for p in parts]
+            factor = GRADIENT_FACTOR if name.startswith("d") else FACTOR
+            margins.append(assert_within_budget(*parts, f"{label}: {name}", factor))
+        return margins
+
+    return check
+
+
+def _work(i: AttentionInputs, provider: str) -> Work:
+    leaves = {n: t.detach().requires_grad_() for n, t in i.leaves().items()}
+    generator = torch.Generator().manual_seed(1)
+    shape = (*i.q.shape[:-1], i.v.shape[-1])
+    dout = torch.randn(shape, generator=generator, dtype=torch.float64).to(i.q)
+    peer = _peer(i, provider)
+
+    def forward() -> dict[str, Tensor]:
+        if peer is not None:
+            return {"out": peer(i, leaves)}
+        out, lse = attention(
+            **leaves, **i.constants(), **i.options, return_lse=True, backend=provider
+        )
+        return {"out": out, "lse": lse}
+
+    return Work(forward, leaves, {"out": dout})
+
+
+def _peer(i: AttentionInputs, provider: str) -> Peer | None:
+    """None for a backend of the op; raises where the peer does not do what is asked."""
+    if provider not in ROW.peers:
+        return None
+    plain = set(i.options) <= {"causal"}
+    sizes = i.q.shape[-3] == i.k.shape[-3]
+    if i.sinks is not None or i.attn_mask is not None or i.alibi_slopes is not None:
+        raise UnavailableError(f"{provider} is called here without sinks, mask and ALiBi")
+    if provider.startswith("flash-attn"):
+        if set(i.options) - {"causal", "window", "softcap"} or i.cu_seqlens is not None:
+            raise UnavailableError("flash-attn is called here for dense batches without dropout")
+        return _flash_attn(load("flash_attn", "flash_attn_func"))
+    if i.cu_seqlens is not None or not (plain or set(i.options) <= {"causal", "window", "softcap"}):
+        raise UnavailableError(f"{provider} is called here for dense batches")
+    if provider == "flex":
+        return _flex(i)
+    if not plain or not sizes:
+        raise UnavailableError("SDPA has no window, softcap or bottom-right causal mask")
+    return _sdpa(provider)
+
+
+def _sdpa(provider: str) -> Peer:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    kernel = getattr(SDPBackend, SDPA[provider])
+
+    def run(i: AttentionInputs, leaves: dict[str, Tensor]) -> Tensor:
+        q, k, v = (leaves[n].transpose(1, 2) for n in "qkv")
+        with sdpa_kernel(kernel):
+            out = F.scaled_dot_product_attention(
+                q, k, v, is_causal=i.options.get("causal", False), enable_gqa=True
+            )
+        return out.transpose(1, 2)
+
+    return run
+
+
+def _flex(i: AttentionInputs) -> Peer:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    o, compiled = i.options, torch.compile(flex_attention)
+    (rows, keys), left = (i.q.shape[1], i.k.shape[1]), o.get("window", (-1, -1))[0]
+    right = 0 if o.get("causal") else o.get("window", (-1, -1))[1]
+
+    def seen(b: Any, h: Any, row: Any, key: Any) -> Any:
+        at = row + (keys - rows)
+        inside = key >= 0
+        if left >= 0:
+            inside = inside & (key >= at - left)
+        return inside & (key <= at + right) if right >= 0 else inside
+
+    def capped(score: Any, b: Any, h: Any, row: Any, key: Any) -> Any:
+        return o["softcap"] * torch.tanh(score / o["softcap"])
+
+    mask = create_block_mask(seen, None, None, rows, keys, device=str(i.q.device))
+    change = capped if o.get("softcap") else None
+
+    def run(i: AttentionInputs, leaves: dict[str, Tensor]) -> Tensor:
+        q, k, v = (leaves[n].transpose(1, 2) for n in "qkv")
+        out = compiled(q, k, v, score_mod=change, block_mask=mask, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    return run
+
+
+def _flash_attn(function: Any) -> Peer:
+    def run(i: AttentionInputs, leaves: dict[str, Tensor]) -> Tensor:
+        o = i.options
+        return function(
+            leaves["q"], leaves["k"], leaves["v"], causal=o.get("causal", False),
+            window_size=o.get("window", (-1, -1)), softcap=o.get("softcap", 0.0),
+            deterministic=True,
+        )  # fmt: skip
+
+    return run
+
+
+def _problem(i: AttentionInputs) -> Keywords:
+    o, packed = i.options, i.cu_seqlens is not None
+    S, Sk, B = i.q.shape[-3], i.k.shape[-3], i.q.shape[0]
+    if i.cu_seqlens is not None:
+        ends = i.cu_seqlens.cpu()
+        ends_k = ends if i.cu_seqlens_k is None else i.cu_seqlens_k.cpu()
+        S, Sk, B = int(ends.diff().max()), int(ends_k.diff().max()), len(ends) - 1
+    mask = i.attn_mask
+    return {
+        "B": B, "S": S, "H": i.q.shape[-2], "D": i.q.shape[-1], "Sk": Sk, "Hk": i.k.shape[-2],
+        "Dv": i.v.shape[-1], "causal": bool(o.get("causal")), "window": o.get("window"),
+        "softcap": o.get("softcap"), "sinks": i.sinks is not None,
+        "mask": "" if mask is None else "bool" if mask.dtype == torch.bool else "additive",
+        "alibi": i.alibi_slopes is not None, "varlen": packed,
+        "dropout_p": float(o.get("dropout_p", 0.0)),
+        "mask_gradient": mask is not None and mask.is_floating_point(), "dtype": i.q.dtype,
+    }  # fmt: skip
+
+
+def _gate(keywords: Keywords) -> Keywords:
+    """One sequence of 512 and as many heads as show the grouping: the oracle has every score."""
+    H, Hk = keywords["H"], keywords.get("Hk", keywords["H"])
+    made = {**keywords, "B": 1, "H": 2 * H // Hk, "Hk": 2}
+    if "lengths" in made:
+        return {**made, "lengths": (300, 1, 211)}
+    rows = min(keywords["S"], 512)
+    window = keywords.get("window")
+    made |= {"S": rows, "Sk": rows if "Sk" not in keywords else 1024}
+    return made if window is None else {**made, "window": (min(window[0], 200), window[1])}
+
+
+LLAMA: dict[str, Any] = {"H": 32, "Hk": 8, "D": 128, "dtype": BF16}
+PACKED = (1900, 700, 2400, 300, 1100, 1792)
+ROW = GpuOp(
+    name="attention",
+    small=(
+        {"B": 2, "S": 33, "H": 4, "Hk": 2, "D": 64, "causal": True, "dtype": BF16},
+        {"B": 1, "S": 70, "Sk": 45, "H": 3, "D": 40, "Dv": 24, "dtype": FP16},
+        {"H": 4, "Hk": 1, "D": 72, "lengths": (1, 37, 0, 26), "causal": True, "dtype": BF16},
+        {"S": 65, "D": 16, "causal": True, "window": (9, 0), "softcap": 5.0, "sinks": True,
+         "dtype": BF16},
+        {"S": 21, "D": 32, "mask": "bool", "dropout_p": 0.2, "seed": 5, "dtype": FP16},
+        {"B": 1, "S": 1, "Sk": 77, "H": 8, "Hk": 2, "D": 128, "dtype": BF16},
+    ),
+    cases={
+        "4×2048 causal, 32/8 heads of 128 bfloat16": {
+            "B": 4, "S": 2048, "causal": True, **LLAMA,
+        },
+        "1×8192 causal, 32/8 heads of 128 bfloat16": {
+            "B": 1, "S": 8192, "causal": True, **LLAMA,
+        },
+        "8192 packed causal, 32/8 heads of 128 bfloat16": {
+            "lengths": PACKED, "causal": True, **LLAMA,
+        },
+        "4×2048 causal, 32/32 heads of 64 bfloat16": {
+            "B": 4, "S": 2048, "causal": True, "H": 32, "Hk": 32, "D": 64, "dtype": BF16,
+        },
+        "1×8192 window 1024, 32/8 heads of 128 bfloat16": {
+            "B": 1, "S": 8192, "causal": True, "window": (1023, 0), **LLAMA,
+        },
+        "1×8192 sinks window 128, 64/8 heads of 64 bfloat16": {
+            "B": 1, "S": 8192, "causal": True, "window": (127, 0), "sinks": True, "H": 64,
+            "Hk": 8, "D": 64, "dtype": BF16,
+        },
+        "16×1 of 4096 keys, 32/8 heads of 128 bfloat16": {
+            "B": 16, "S": 1, "Sk": 4096, "causal": True, **LLAMA,
+        },
+        "2×4096 softcap, 8/4 heads of 256 bfloat16": {
+            "B": 2, "S": 4096, "causal": True, "softcap": 50.0, "H": 8, "Hk": 4, "D": 256,
+            "dtype": BF16,
+        },
+    },
+    inputs=attention_inputs,
+    judge=_judge,
+    work=_work,
+    problem=_problem,
+    peers=(*SDPA, "flex", "flash-attn"),
+    gate=_gate,
+)  # fmt: skip

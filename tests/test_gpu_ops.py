@@ -1,0 +1,211 @@
+"""The rows of make gpu-check: every GPU kernel has one, and each row does what it says.
+
+Without a GPU the rows run on the CPU with `aten`; the tests marked gpu run the kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.gpu_ops import ROWS
+from benchmarks.gpu_ops.row import FLOOR, GPU_BACKENDS, GpuOp, Run, Work, moved
+from benchmarks.peers import UnavailableError
+from benchmarks.timing import wall_clock
+from lora_kernels.ops import _evidence, _registry
+from lora_kernels.testing import BudgetExceededError
+from tests.test_gpu_check import TOP
+from tools.gpu_check import bench_part, parts, small_shapes
+
+SMALL = [(op, number) for op, row in ROWS.items() for number in range(len(row.small))]
+KERNELS = [
+    (op, backend, number)
+    for op, row in ROWS.items()
+    for backend in row.gpu_backends()
+    for number in range(len(row.small))
+]
+
+
+def test_every_gpu_backend_is_covered():
+    """A registered kernel that gpu-check does not run would never get evidence."""
+    for spec in _registry.OPS:
+        kernels = [b for b in GPU_BACKENDS if b in spec.backends]
+        if not kernels:
+            continue
+        assert spec.name in ROWS, f"{spec.name} has {kernels} and no file in benchmarks/gpu_ops"
+        row = ROWS[spec.name]
+        assert set(row.gpu_backends()) == set(kernels)
+        assert len(row.small) >= 3
+        assert row.count() >= 3
+        assert set(kernels) <= {p.removesuffix("-fp32") for p in row.providers()}
+    assert set(parts.covered()) <= set(ROWS)
+    assert {op.name for op, _ in bench_part.in_turn()} == set(parts.covered())
+
+
+@pytest.mark.parametrize(("op", "number"), SMALL)
+def test_a_small_problem_on_the_cpu(op, number):
+    ROWS[op].check(ROWS[op].small[number], FLOOR, "cpu")
+
+
+@pytest.mark.parametrize("op", ROWS)
+def test_cases_are_problems_of_the_registry(op):
+    """Their keywords are understood, shrunk to what can be made here at once."""
+    row = ROWS[op]
+    for label, keywords in row.cases.items():
+        if not keywords:  # lora_linear's are those of benchmarks/gpu.py
+            continue
+        gate = row.gate(keywords)
+        assert set(gate) >= set(keywords) - {"Sk"}, label
+        assert label.endswith(str(keywords["dtype"]).removeprefix("torch.")), label
+
+
+@pytest.mark.parametrize("op", ROWS)
+def test_what_is_wrong_is_found(op, monkeypatch):
+    """A kernel that is off by a part in a hundred does not pass its row."""
+    row, real = ROWS[op], Work.results
+    monkeypatch.setattr(Work, "results", lambda w: {n: 1.01 * t for n, t in real(w).items()})
+    with pytest.raises(BudgetExceededError):
+        row.check({**row.small[0], "dtype": torch.float32}, FLOOR, "cpu")
+
+
+@pytest.mark.parametrize("op", [op for op in ROWS if op != "lora_linear"])
+def test_rows_are_timed_on_the_cpu(op):
+    row: GpuOp = replace(ROWS[op], cases={"small float32": ROWS[op].small[0]}, peers=("absent",))
+    run = Run(TOP, wall_clock, 2, "cpu", count=())
+    begun: list[Any] = []
+    made = list(row.bench(0, (FLOOR, "triton", "cuda"), replace(run, announce=begun.append)))
+    assert [r["mode"] for r in made] == [m for m in ("fwd", "bwd", "fwdbwd") for _ in range(3)]
+    for r in made:
+        assert (r["skipped"] is None) == (r["provider"] == FLOOR), r
+        assert r["op"] == op
+        assert r["sizes"] and r["kind"]
+    assert made[0]["ratio"] == 1.0
+    assert made[0]["tflops"] > 0
+    assert begun[-1] is None
+    assert [b["provider"] for b in begun[:-1]] == [FLOOR, "triton", "cuda"]
+
+
+def test_a_wrong_backend_is_not_timed(monkeypatch):
+    real = Work.results
+    monkeypatch.setattr(Work, "results", lambda w: {n: t + 0.1 for n, t in real(w).items()})
+    row = replace(ROWS["rope"], cases={"small": ROWS["rope"].small[0]})
+    made = list(row.bench(0, (FLOOR,), Run(TOP, wall_clock, 2, "cpu", count=())))
+    assert all(r["skipped"].startswith("WRONG: ") for r in made)
+    assert len(made) == 3
+
+
+def test_peers_that_are_absent_say_so():
+    for op, peer in (("attention", "flash-attn"), ("linear_cross_entropy", "cce")):
+        row = ROWS[op]
+        assert peer in row.peers
+        inputs = row.inputs(**{**row.small[0], "dtype": torch.float32, "bias": False, "rank": 0}
+                            if op != "attention" else row.small[0])  # fmt: skip
+        with pytest.raises(UnavailableError, match="cannot be imported"):
+            row.work(inputs, peer)
+
+
+@pytest.mark.parametrize("op", ["attention", "linear_cross_entropy", "rope"])
+def test_oracles_stay_on_the_device_of_their_inputs(op):
+    """On the meta device: a tensor made on the CPU in between is an error there."""
+    from lora_kernels.testing import attention, linear_cross_entropy, rope
+
+    module = {
+        "attention": attention, "linear_cross_entropy": linear_cross_entropy, "rope": rope
+    }[op]  # fmt: skip
+    for keywords in ROWS[op].small:
+        if "lengths" in keywords:
+            continue  # sequence ends are looked at
+        made = module.results(moved(ROWS[op].inputs(**keywords), "meta"), torch.float64)
+        assert {t.device.type for t in made.values()} == {"meta"}
+
+
+def test_the_sanitizers_process(monkeypatch, capsys):
+    assert small_shapes.main(["rope", FLOOR], "cpu") == 0
+    assert small_shapes.main(["rope", "cuda"], "cpu") == 4
+    assert "no cuda kernels" in capsys.readouterr().out
+    real = Work.results
+    monkeypatch.setattr(Work, "results", lambda w: {n: t + 0.1 for n, t in real(w).items()})
+    assert small_shapes.main(["rope", FLOOR], "cpu") == 1
+
+
+@pytest.mark.parametrize("op", ROWS)
+def test_the_key_of_a_problem_is_json(op):
+    row = ROWS[op]
+    inputs = row.inputs(**row.small[0])
+    key = _evidence.key_of(_registry.find(op).problem(**row.problem(inputs), device="cuda"))
+    import json
+
+    assert json.loads(json.dumps(dict(key.kind))) == dict(key.kind)
+    assert all(type(n) is int and n > 0 for n in key.sizes.values())
+    assert "device" not in key.kind
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def run_or_skip(op: str, backend: str, number: int) -> None:
+    try:
+        ROWS[op].check(ROWS[op].small[number], backend)
+    except UnavailableError as error:
+        pytest.skip(str(error))
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize(("op", "backend", "number"), KERNELS)
+def test_small_problems_on_the_device(op, backend, number):
+    run_or_skip(op, backend, number)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize(("op", "backend"), sorted({(op, b) for op, b, _ in KERNELS}))
+def test_on_another_stream(op, backend):
+    """Work that is queued before on the same stream is seen, whatever the default stream does."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(10_000_000)
+        run_or_skip(op, backend, 0)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize(("op", "backend"), sorted({(op, b) for op, b, _ in KERNELS}))
+def test_the_same_bits_from_run_to_run(op, backend):
+    row = ROWS[op]
+    inputs = moved(row.inputs(**row.small[0]), "cuda")
+    able, why = row.able(inputs, backend, "cuda")
+    if not able:
+        pytest.skip(why)
+    first, second = (row.work(inputs, backend).results() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize(("op", "backend"), sorted({(op, b) for op, b, _ in KERNELS}))
+def test_forward_and_backward_in_a_graph(op, backend):
+    """Captured once and replayed: nothing of it waits for the device."""
+    row = ROWS[op]
+    inputs = moved(row.inputs(**row.small[0]), "cuda")
+    able, why = row.able(inputs, backend, "cuda")
+    if not able:
+        pytest.skip(why)
+    work = row.work(inputs, backend)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            work.fwdbwd()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        grads = work.fwdbwd()
+    for t in grads:
+        t.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    for replayed, plain in zip(grads, work.fwdbwd(), strict=True):
+        assert torch.equal(replayed, plain)
