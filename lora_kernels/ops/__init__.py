@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lora_kernels.ops import _mkl_dispatch
 from lora_kernels.ops._explain import explain
 from lora_kernels.ops.attention import attention
 from lora_kernels.ops.dora_linear import dora_linear
@@ -23,3 +24,5 @@ __all__ = [
     "quantize",
     "rope",
 ]
+
+_mkl_dispatch.settle()
