@@ -132,7 +132,7 @@ def _bwd(
     if run_time_scaling is not None:
         scaling = run_time_scaling.item()
     parsed = from_key(spec)
-    name, _ = choose(QuantLinearProblem.of(dy, parsed, lora_a, dropout_p), backend)
+    name, _ = choose(QuantLinearProblem.of(dy, parsed, lora_a, dropout_p), backend, "bwd")
     with _no_autocast(dy.device.type):
         return _backend_module(name).quant_linear_bwd(
             dy, x, tuple(parts), parsed, lora_a, lora_b, s, scaling, dropout_p, seed,

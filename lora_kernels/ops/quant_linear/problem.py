@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_kernels._backends import cpu as cpu_library
 from lora_kernels.errors import InvalidArgumentError
-from lora_kernels.ops import _dispatch
+from lora_kernels.ops import _dispatch, _evidence
 from lora_kernels.ops.quant_linear import formats
 from lora_kernels.ops.quant_linear.formats import FLOATS, QuantSpec, parts_of
 
@@ -98,6 +98,10 @@ class QuantLinearProblem:
         shapes["dtype"] = dtype
         return cls(**shapes)  # type: ignore[arg-type]
 
+    def evidence_key(self) -> _evidence.Key:
+        """A measurement speaks for its own block size alone."""
+        return _evidence.fields_key(self, exact=("block_size",))
+
     @property
     def spec(self) -> QuantSpec:
         nested = formats.NESTED_BLOCK if self.nested else 0
@@ -140,9 +144,13 @@ def supports(backend: str, problem: QuantLinearProblem) -> tuple[bool, str]:
     return False, f"quant_linear has no {backend} kernels"
 
 
-def choose(problem: QuantLinearProblem, requested: str | None = None) -> tuple[str, str]:
-    """(backend, reason) that would run `problem`."""
+def choose(
+    problem: QuantLinearProblem, requested: str | None = None, direction: str = "fwd"
+) -> tuple[str, str]:
+    """(backend, reason) that would run `problem` in one direction, ``fwd`` or ``bwd``."""
     name = _dispatch.requested_backend(requested)
+    if name == "auto" and problem.device != "cpu":
+        return _evidence.choose("quant_linear", BACKENDS, problem, direction, supports)
     return _choose(problem, name, os.environ.get("LORA_KERNELS_DISABLE", ""))
 
 
