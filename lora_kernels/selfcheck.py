@@ -30,6 +30,9 @@ TYPICAL: dict[str, dict[str, dict[str, Any]]] = {
         dtype: {"M": 2048, "K": 2048, "N": 2048, "rank": 16, "dtype": dtype}
         for dtype in ("float32", "bfloat16")
     },
+    "gated_activation": {
+        dtype: {"M": 2048, "N": 2048, "dtype": dtype} for dtype in ("float32", "bfloat16")
+    },
     "rope": {
         dtype: {"B": 1, "S": 2048, "H": 32, "Hk": 8, "D": 64, "dtype": dtype}
         for dtype in ("float32", "bfloat16")
@@ -100,6 +103,14 @@ def _attention(backend: str) -> None:
         )
 
 
+def _gated_activation(backend: str) -> None:
+    from lora_kernels.testing import check_gated_activation, gated_activation_inputs
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for kind in ("silu", "gelu", "gelu_tanh", "relu", "relu_squared"):
+            check_gated_activation(gated_activation_inputs((70, 33), kind, dtype=dtype), backend)
+
+
 def _rope(backend: str) -> None:
     from lora_kernels.testing import check_rope, rope_inputs
 
@@ -111,6 +122,7 @@ def _rope(backend: str) -> None:
 _CHECKS: dict[str, Callable[[str], None]] = {
     "attention": _attention,
     "dora_linear": _dora_linear,
+    "gated_activation": _gated_activation,
     "linear_cross_entropy": _linear_cross_entropy,
     "lora_linear": _lora_linear,
     "quant_linear": _quant_linear,

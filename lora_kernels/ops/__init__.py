@@ -6,6 +6,7 @@ from lora_kernels.ops import _mkl_dispatch
 from lora_kernels.ops._explain import explain
 from lora_kernels.ops.attention import attention
 from lora_kernels.ops.dora_linear import dora_linear
+from lora_kernels.ops.gated_activation import gated_activation
 from lora_kernels.ops.linear_cross_entropy import linear_cross_entropy
 from lora_kernels.ops.lora_linear import grouped_lora_linear, lora_linear
 from lora_kernels.ops.quant_linear import dequantize, quant_linear, quant_lora_linear, quantize
@@ -16,6 +17,7 @@ __all__ = [
     "dequantize",
     "dora_linear",
     "explain",
+    "gated_activation",
     "grouped_lora_linear",
     "linear_cross_entropy",
     "lora_linear",

@@ -6,6 +6,7 @@ from lora_kernels.errors import InvalidArgumentError
 from lora_kernels.ops._spec import OpSpec
 from lora_kernels.ops.attention import problem as attention
 from lora_kernels.ops.dora_linear import problem as dora_linear
+from lora_kernels.ops.gated_activation import problem as gated_activation
 from lora_kernels.ops.linear_cross_entropy import problem as linear_cross_entropy
 from lora_kernels.ops.lora_linear import problem as lora_linear
 from lora_kernels.ops.quant_linear import problem as quant_linear
@@ -22,6 +23,17 @@ OPS: tuple[OpSpec, ...] = (
         flops=attention.flops,
         min_bytes=attention.min_bytes,
         deterministic="bitwise from run to run, at a fixed number of threads",
+    ),
+    OpSpec(
+        name="gated_activation",
+        backends=gated_activation.BACKENDS,
+        schemas=("lora_kernels::gated_activation_fwd", "lora_kernels::gated_activation_bwd"),
+        problem=gated_activation.GatedActivationProblem.from_shapes,
+        supports=gated_activation.supports,
+        choose=gated_activation.choose,
+        flops=gated_activation.flops,
+        min_bytes=gated_activation.min_bytes,
+        deterministic="bitwise from run to run",
     ),
     OpSpec(
         name="linear_cross_entropy",

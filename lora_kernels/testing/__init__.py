@@ -17,6 +17,12 @@ from lora_kernels.testing.dora_linear import (
     dora_linear_op,
     dora_linear_results,
 )
+from lora_kernels.testing.gated_activation import (
+    GatedActivationInputs,
+    check_gated_activation,
+    gated_activation_inputs,
+    gated_activation_op,
+)
 from lora_kernels.testing.inputs import LAYOUTS, LoraLinearInputs, lora_linear_inputs, relayout
 from lora_kernels.testing.linear_cross_entropy import (
     LinearCrossEntropyInputs,
@@ -39,6 +45,7 @@ __all__ = [
     "AttentionInputs",
     "BudgetExceededError",
     "DoraLinearInputs",
+    "GatedActivationInputs",
     "LinearCrossEntropyInputs",
     "LoraLinearInputs",
     "LoraLinearResults",
@@ -50,6 +57,7 @@ __all__ = [
     "attention_op",
     "check_attention",
     "check_dora_linear",
+    "check_gated_activation",
     "check_linear_cross_entropy",
     "check_lora_linear",
     "check_quant_linear",
@@ -58,6 +66,8 @@ __all__ = [
     "dora_linear_inputs",
     "dora_linear_op",
     "dora_linear_results",
+    "gated_activation_inputs",
+    "gated_activation_op",
     "linear_cross_entropy_inputs",
     "linear_cross_entropy_op",
     "lora_linear_inputs",

@@ -57,10 +57,10 @@ def dissolve_groups(model: nn.Module) -> None:
 
 def take_apart(group: LayerGroup) -> None:
     group.detach()
-    member: Any
+    stock: Any = LoRALinear
     for member in group.members:
         if type(member) is GroupedLoRALinear:
-            member.__class__ = LoRALinear
+            member.__class__ = stock
 
 
 def _prepare(group: LayerGroup) -> None:

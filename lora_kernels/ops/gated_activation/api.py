@@ -1,0 +1,52 @@
+"""Public function of the op: validation, one form for every caller."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_kernels.ops import _dispatch
+from lora_kernels.ops.gated_activation import autograd, contract, validate
+
+
+def gated_activation(
+    gate: Tensor, up: Tensor | None = None, kind: str = "silu", *, backend: str | None = None
+) -> Tensor:
+    """``act(gate) * up``, or ``act(gate)`` without up; nothing but gate and up is saved.
+
+    Args:
+        gate: ``[..., features]``, any strides (a half of a fused projection, say); fp32, bf16,
+            fp16 or fp64.
+        up: the same shape and dtype, or None.
+        kind: ``silu`` (SwiGLU), ``gelu`` and ``gelu_tanh`` (GEGLU, exact and approximate),
+            ``relu``, ``relu_squared``.
+        backend: None or ``auto``, ``reference``, ``aten``. A backend asked for by name never
+            falls back.
+
+    The computation is in fp32 (fp64 for fp64) and rounded once, also under ``torch.autocast``.
+    Differentiable once; the backward computes the activation again.
+
+    Returns:
+        A contiguous tensor in the shape and dtype of gate.
+
+    Raises:
+        InvalidArgumentError: shape, dtype, device or value of an argument; the message names it.
+        BackendUnavailableError: `backend` was given and cannot run this problem.
+
+    Source: Shazeer 2020, arXiv 2002.05202; formulas in reference.py.
+    """
+    validate.check(gate, up, kind)
+    name = _dispatch.requested_backend(backend)
+    rows = _rows(gate)
+    factor = None if up is None else _rows(up)
+    if torch.is_grad_enabled() and (gate.requires_grad or (up is not None and up.requires_grad)):
+        if factor is not None and up is gate and torch.compiler.is_compiling():
+            factor = factor.view_as(factor)  # no autograd function is traced with a tensor twice
+        h = autograd.GatedActivationFunction.apply(rows, factor, kind, name)
+    else:
+        h = contract.fwd(rows, factor, kind, name)
+    return h if gate.dim() == 2 else torch.ops.aten._unsafe_view.default(h, gate.shape)
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t if t.dim() == 2 else t.flatten(0, -2) if t.dim() > 2 else t.unsqueeze(0)
