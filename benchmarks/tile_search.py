@@ -78,8 +78,9 @@ def candidates(asked: Asked, default: Any, processors: int) -> list[Any]:
         found += [replace(default, num_stages=n) for n in (2, 3, 4)]
         found += [replace(default, num_warps=n) for n in (4, 8)]
         found += [replace(default, held=n) for n in near(default.held, (0.5, 2)) if n >= 16]
-        if not key.get("dropout", False):
-            found += [replace(default, step=n) for n in near(default.step, (0.5, 2)) if n >= 16]
+        found += [replace(default, step=n) for n in near(default.step, (0.5, 2)) if n >= 16]
+        masked = kernel == "da_pass" or key.get("dropout", False)
+        found = [c for c in found if not tiles.invalid_rows(kernel, c, masked)]
     return [c for c in dict.fromkeys(found) if c != default]
 
 

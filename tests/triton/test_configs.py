@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 
+from lora_kernels.errors import InvalidArgumentError
 from lora_kernels.ops.lora_linear import configs
 
 TARGETS = [configs.target(name, 132) for name in (*configs.SHARED_BYTES, "sm_999")]
@@ -108,3 +109,42 @@ def test_forcing_ends_with_the_block():
     with configs.forced(shrink=odd):
         assert configs.shrink(64, 64, 16, 2, where, False) == odd
     assert configs.shrink(64, 64, 16, 2, where, False) != odd
+
+
+GOOD = {"held": 64, "step": 128, "splits": 3, "num_warps": 4, "num_stages": 2}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dropout", "change", "says"),
+    [
+        ("shrink", True, {"step": 16}, "step=16; accepted with dropout: 32, 64 or a multiple"),
+        ("da_pass", False, {"held": 16}, "held=16; accepted with dropout: 32, 64 or a multiple"),
+        ("dy_pass", False, {"held": 48}, "held=48; accepted: powers of two from 16"),
+        ("dy_pass", False, {"step": 8}, "step=8; accepted: powers of two from 16"),
+        ("shrink", False, {"num_warps": 3}, "num_warps=3; accepted: powers of two"),
+        ("shrink", False, {"num_warps": 64}, "num_warps=64"),
+        ("shrink", False, {"splits": 0}, "splits=0; accepted: whole numbers from 1"),
+        ("dy_pass", False, {"num_stages": "4"}, "num_stages='4'; accepted: whole numbers"),
+        ("da_pass", False, {"wide": 1}, "unexpected keyword argument 'wide'"),
+    ],
+)
+def test_a_tuned_tile_that_cannot_be_is_refused(monkeypatch, kernel, dropout, change, says):
+    where = configs.target("sm_90", 132)
+    asked = {
+        "shrink": lambda: configs.shrink(8192, 4096, 16, 2, where, dropout),
+        "dy_pass": lambda: configs.dy_pass(8192, 4096, 16, 2, where),
+        "da_pass": lambda: configs.da_pass(8192, 4096, 16, 2, where),
+    }[kernel]
+    monkeypatch.setattr(configs.tuned_tiles, "lookup", lambda *a, **k: GOOD)
+    assert asked() == configs.Rows(**GOOD)
+    monkeypatch.setattr(configs.tuned_tiles, "lookup", lambda *a, **k: {**GOOD, **change})
+    with pytest.raises(InvalidArgumentError, match=f"tuned tile of {kernel} for sm_90") as caught:
+        asked()
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_narrow_step_is_fine_without_dropout(monkeypatch):
+    narrow = {**GOOD, "step": 16}
+    monkeypatch.setattr(configs.tuned_tiles, "lookup", lambda *a, **k: narrow)
+    assert configs.shrink(8192, 4096, 16, 2, configs.target("sm_90", 132), False).step == 16

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from lora_kernels.errors import InvalidArgumentError
 from lora_kernels.ops.lora_linear import tuned_tiles
 
 MAX_RANK = 256
@@ -298,17 +299,54 @@ def _splits(blocks: int, steps: int, most: int, where: Target) -> int:
     return max(1, min(wanted, steps // 4, most))
 
 
+def invalid_rows(kernel: str, c: Rows, dropout: bool) -> str:
+    """Why `c` cannot run, or ""."""
+    powers = {"held": c.held, "step": c.step, "num_warps": c.num_warps}
+    for name, value in {**powers, "splits": c.splits, "num_stages": c.num_stages}.items():
+        if type(value) is not int or value < 1:
+            return f"{name}={value!r}; accepted: whole numbers from 1"
+    for name, value in powers.items():
+        if value & (value - 1) or (name != "num_warps" and value < 16):
+            least = "from 1 to 32" if name == "num_warps" else "from 16"
+            return f"{name}={value}; accepted: powers of two {least}"
+    if c.num_warps > 32 or c.num_stages > 8:
+        return f"num_warps={c.num_warps}, num_stages={c.num_stages}; accepted: at most 32 and 8"
+    # The columns of X that one step draws masks for; see ops/_triton_philox.py.
+    axis = {"shrink": "step", "da_pass": "held"}.get(kernel)
+    if dropout and axis and (width := powers[axis]) % 128 and width not in (32, 64):
+        return f"{axis}={width}; accepted with dropout: 32, 64 or a multiple of 128"
+    return ""
+
+
+def _tuned_rows(kernel: str, where: Target, M: int, masked: bool, **key: Any) -> Rows | None:
+    """The tuner's choice; InvalidArgumentError where a file holds what no tuner can have tried."""
+    found = tuned_tiles.lookup(kernel, where.name, M, **key)
+    if found is None:
+        return None
+    try:
+        made = Rows(**found)
+        why = invalid_rows(kernel, made, masked)
+    except TypeError as error:
+        why = str(error)
+    if why:
+        raise InvalidArgumentError(
+            f"lora_linear: the tuned tile of {kernel} for {where.name} in tuned/ is not usable: "
+            f"{why}; write the file anew (python -m benchmarks.tune --op lora_linear) or remove it"
+        )
+    return made
+
+
 def shrink(
     M: int, K: int, total: int, itemsize: int, where: Target, dropout: bool, vectors: bool = True
 ) -> Rows:
     """`total`: padded ranks of the members of the launch, together; `vectors` as in `invalid`."""
     if "shrink" in _forced:
         return _forced["shrink"]
-    found = tuned_tiles.lookup(
-        "shrink", where.name, M, K=K, total=total, itemsize=itemsize, dropout=dropout
+    tuned = _tuned_rows(
+        "shrink", where, M, dropout, K=K, total=total, itemsize=itemsize, dropout=dropout
     )
-    if found is not None:
-        return Rows(**found)
+    if tuned is not None:
+        return tuned
     if itemsize == 4:  # multiply-add units: short steps, or the operands spill
         held, step, warps = 16 if total > 128 else 32, 32, 4 if total <= 64 else 8
     else:
@@ -326,11 +364,9 @@ def shrink(
 def dy_pass(M: int, N: int, rank: int, itemsize: int, where: Target) -> Rows:
     if "dy_pass" in _forced:
         return _forced["dy_pass"]
-    found = tuned_tiles.lookup(
-        "dy_pass", where.name, M, N=N, rank=padded_rank(rank), itemsize=itemsize
-    )
-    if found is not None:
-        return Rows(**found)
+    tuned = _tuned_rows("dy_pass", where, M, False, N=N, rank=padded_rank(rank), itemsize=itemsize)
+    if tuned is not None:
+        return tuned
     padded = padded_rank(rank)
     held = max(64, min(256, (64 if where.amd else 128) * 64 // padded))
     if itemsize == 4:
@@ -348,9 +384,10 @@ def dy_pass(M: int, N: int, rank: int, itemsize: int, where: Target) -> Rows:
 def da_pass(M: int, K: int, total: int, itemsize: int, where: Target) -> Rows:
     if "da_pass" in _forced:
         return _forced["da_pass"]
-    found = tuned_tiles.lookup("da_pass", where.name, M, K=K, total=total, itemsize=itemsize)
-    if found is not None:
-        return Rows(**found)
+    # The key does not say whether there is dropout: a tile has to do for both.
+    tuned = _tuned_rows("da_pass", where, M, True, K=K, total=total, itemsize=itemsize)
+    if tuned is not None:
+        return tuned
     # With dropout a tile is 32 columns or whole blocks of 128, see the generator.
     held = 32 if itemsize == 4 or total > 128 else 128
     row = (held + total) * itemsize
