@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from contextlib import redirect_stdout
 
 from lora_kernels.training.config_table import help_text
 
@@ -44,7 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     from lora_kernels.training import finetune
     from lora_kernels.training.processes import is_main
 
-    result = finetune(arguments.config, arguments.overrides, quiet=arguments.quiet)
+    with redirect_stdout(sys.stderr):  # trackers print; the result alone belongs to stdout
+        result = finetune(arguments.config, arguments.overrides, quiet=arguments.quiet)
     if not is_main():
         return 0
     if arguments.json:

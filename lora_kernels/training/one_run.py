@@ -25,7 +25,13 @@ from lora_kernels.training.preflight import check_room, checkpoint_bytes
 from lora_kernels.training.processes import save_trained
 from lora_kernels.training.references import model_path
 from lora_kernels.training.tasks import Task
-from lora_kernels.training.trackers import JsonLog, StopAtNaN, tensorboard
+from lora_kernels.training.trackers import (
+    JsonLog,
+    StopAtNaN,
+    finish_trackers,
+    start_trackers,
+    tensorboard,
+)
 from lora_kernels.training.trainer import GeneratingTrainer, LoRATrainer
 from lora_kernels.training.turns import Turns
 
@@ -105,6 +111,11 @@ def train_once(
     }
     if not sets["train"] or not sets["test"]:
         raise DataError(f"{config.data.path}: no example is left after cutting to data.max_length")
+    if keeps_best(config) and not sets["validation"]:
+        raise DataError(
+            f"{config.data.path}: no validation example is left after cutting to data.max_length; "
+            "train.keep_best and train.early_stopping need some"
+        )
     if not quiet:
         _tell(task.notes[known:])
     collator = task.collator(tokenizer, base.model)
@@ -123,6 +134,7 @@ def train_once(
         loraplus_ratio=config.train.loraplus_ratio,
     )
     trainer.compute_metrics = _scorer(task, trainer)
+    start_trackers(trainer)
     stop = StopOnSignal()
     _add_callbacks(trainer, config, sets, collator, save_to, stop)
     if not quiet:
@@ -137,6 +149,7 @@ def train_once(
     else:
         trainer.train()
     metrics = _evaluate(trainer, task, sets["test"])
+    finish_trackers(trainer)
     if caches is not None:
         base.model.config.use_cache = caches
     if save_to is not None:

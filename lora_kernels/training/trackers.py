@@ -32,6 +32,37 @@ def check_trackers(names: list[str]) -> None:
             )
 
 
+def start_trackers(trainer: Any) -> None:
+    """Opens what transformers logs to, so that a service that is out of reach is told now.
+
+    Raises:
+        ConfigError: with the tracker's own reason.
+    """
+    for callback, name in _services(trainer):
+        try:
+            callback.setup(trainer.args, trainer.state, trainer.model)
+        except Exception as e:
+            reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+            raise ConfigError(
+                f"trackers={name!r} does not start: {reason}; set it up, or leave it out: {LOG} is "
+                "always written"
+            ) from None
+
+
+def finish_trackers(trainer: Any) -> None:
+    """Ends what the evaluation after the training opened once more; wandb does so by itself."""
+    for callback, name in _services(trainer):
+        if name == "trackio":
+            callback.on_train_end(trainer.args, trainer.state, trainer.control, trainer.model)
+
+
+def _services(trainer: Any) -> list[tuple[Any, str]]:
+    """transformers' callbacks for services, with our names."""
+    names = {"WandbCallback": "wandb", "TrackioCallback": "trackio"}
+    kinds = ((c, type(c).__name__) for c in trainer.callback_handler.callbacks)
+    return [(callback, names[kind]) for callback, kind in kinds if kind in names]
+
+
 def tensorboard(folder: Path) -> Any:
     """transformers' callback, writing to `folder`."""
     from torch.utils.tensorboard import SummaryWriter
