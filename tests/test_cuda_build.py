@@ -223,3 +223,30 @@ def test_the_model_notices_a_wrong_descriptor(tmp_path):
     subprocess.run([compiler, "-std=c++20", "-O1", "-I", csrc, "-o", program, source], check=True)
     done = subprocess.run([program], capture_output=True, text=True)
     assert done.returncode == 1 and "N-major" in done.stdout
+
+
+def test_the_library_tells_the_sources_of_every_op(builder):
+    told = builder.told()
+    assert ";" not in told, "CMake takes it for a list"
+    for folder in (ROOT / "csrc").glob("*/cuda"):
+        assert re.search(rf"\b{folder.parent.name}:[0-9a-f]{{16}}\b", told)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "build_cuda.py", "--told"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == told
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not on PATH")
+def test_cmake_builds_the_library_of_the_same_digest(builder, tmp_path):
+    """Configured only: the definitions that the compiler would get."""
+    done = subprocess.run(
+        ["cmake", "-S", ROOT, "-B", tmp_path, f"-DPython3_EXECUTABLE={sys.executable}"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    if "_cuda is not built here" in done.stdout:
+        pytest.skip("CMake finds no nvcc")
+    commands = (tmp_path / "compile_commands.json").read_text()
+    assert f'LK_CUDA_TARGETS=\\"\\\\\\"{builder.told()}' in commands

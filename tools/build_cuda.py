@@ -3,6 +3,7 @@
 `pip install` does it (setup.py calls `build`). On its own, for a library to carry elsewhere:
 
     python tools/build_cuda.py [FOLDER]        (default: the package's own folder)
+    python tools/build_cuda.py --told          what the library says it was built for and from
 
 The result needs no Python and no CUDA library at run time; it loads under torch >= 2.11, with or
 without CUDA. nvcc compiles for sm_80, sm_90 and sm_90a, plus PTX for what comes later; spills and
@@ -129,13 +130,17 @@ def digests() -> str:
     return " ".join(told)
 
 
+def told() -> str:
+    """Targets and digests, as ``build_info()`` of the library repeats them; CMake asks for it."""
+    return f"{NAMES}, sources {digests()}"  # no semicolon: CMake lists
+
+
 def write_ninja(work: Path, library: Path) -> None:
     nvcc = find_nvcc()
     version, include, cuda_lib = toolkit(nvcc, work)
     torch = torch_folder()
     defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
-    told = f"{NAMES}; sources {digests()}"
-    defines += [f"'-DLK_NVCC_VERSION=\"{version}\"'", f"'-DLK_CUDA_TARGETS=\"{told}\"'"]
+    defines += [f"'-DLK_NVCC_VERSION=\"{version}\"'", f"'-DLK_CUDA_TARGETS=\"{told()}\"'"]
     folders = (torch / "include", torch / "include/torch/csrc/api/include", include)
     text = NINJA.format(
         work=work, nvcc=nvcc, cxx=os.environ.get("CXX", "g++"), common=COMMON, ptxas=PTXAS,
@@ -198,6 +203,9 @@ def build(folder: Path, work: Path | None = None) -> str:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--told"]:
+        print(told())
+        sys.exit(0)
     where = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "lora_kernels"
     why = build(where)
     print(f"not built: {why}" if why else f"built {where / LIBRARY}")
