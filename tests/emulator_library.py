@@ -111,7 +111,7 @@ def _units(ops: tuple[str, ...]) -> list[Path]:
     return [*kernels, *emulator, *sorted((ROOT / "tests/csrc/emulator").glob("*.cpp"))]
 
 
-def _with_headers(unit: Path) -> list[Path]:
+def with_headers(unit: Path) -> list[Path]:
     """The unit and every project header that it includes, however deep."""
     found: list[Path] = []
     queue = [unit]
@@ -128,12 +128,12 @@ def _with_headers(unit: Path) -> list[Path]:
 
 def _content_hash(cxx: str, unit: Path) -> str:
     digest = hashlib.sha256(" ".join([cxx, *FLAGS]).encode())
-    for path in _with_headers(unit):
+    for path in with_headers(unit):
         digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _make(target: Path, command: list[str]) -> None:
+def make(target: Path, command: list[str]) -> None:
     """`command` with ``-o target``; the file appears complete or not at all."""
     handle, unfinished = tempfile.mkstemp(dir=target.parent, suffix=".part")
     os.close(handle)
@@ -160,7 +160,7 @@ def build(*ops: str) -> Path:
     def compile_unit(unit: Path) -> Path:
         target = cache / f"{unit.stem}-{_content_hash(cxx, unit)}.o"
         if not target.exists():
-            _make(target, [cxx, *FLAGS, "-x", "c++", "-c", str(unit)])
+            make(target, [cxx, *FLAGS, "-x", "c++", "-c", str(unit)])
         return target
 
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
@@ -168,7 +168,7 @@ def build(*ops: str) -> Path:
     digest = hashlib.sha256(" ".join(objects).encode()).hexdigest()[:16]
     library = cache / f"emulator-{digest}.so"
     if not library.exists():
-        _make(library, [cxx, "-shared", *objects])
+        make(library, [cxx, "-shared", *objects])
     return library
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-RULES = ROOT / "csrc" / "lora_linear" / "cuda" / "sass.txt"
+RULES = tuple(sorted((ROOT / "csrc").glob("*/cuda/sass.txt")))
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 _USAGE = re.compile(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
@@ -22,9 +22,10 @@ class Kernel:
     name: str
     arch: str
     opcodes: list[str] = field(default_factory=list)  # in order, without modifiers
+    wide: Counter[str] = field(default_factory=Counter)  # "OP.128": moves of 16 bytes per thread
 
     def counts(self) -> Counter[str]:
-        return Counter(self.opcodes)
+        return Counter(self.opcodes) + self.wide
 
     def longest_run(self, opcode: str, ended_by: str) -> int:
         """The most `opcode`s without an `ended_by` between them."""
@@ -80,7 +81,10 @@ def disassemble(binary: Path, folder: Path) -> list[Kernel]:
         elif line.lstrip().startswith("Function : "):
             kernels.append(Kernel(line.split(" : ")[1].strip(), arch))
         elif kernels and (match := _INSTRUCTION.search(line)):
-            kernels[-1].opcodes.append(match[1].split(".")[0])
+            name, *modifiers = match[1].split(".")
+            kernels[-1].opcodes.append(name)
+            if "128" in modifiers:
+                kernels[-1].wide[f"{name}.128"] += 1
     return kernels
 
 
@@ -100,8 +104,8 @@ def ptx(binary: Path, folder: Path) -> list[str]:
     return [line.split()[-1] for line in lines if line.startswith("PTX file")]
 
 
-def rules(path: Path = RULES) -> Iterator[Rule]:
-    for line in path.read_text().splitlines():
+def rules(paths: tuple[Path, ...] = RULES) -> Iterator[Rule]:
+    for line in (line for path in paths for line in path.read_text().splitlines()):
         if line.strip() and not line.startswith("#"):
             kernel, archs, required, forbidden = line.split()
             lists = [

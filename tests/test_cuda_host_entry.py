@@ -3,11 +3,9 @@ _cuda.so, here with the kernels in the emulator. Nothing runs on a GPU."""
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
-import emulator_library
+import emulated_host_entry
 import pytest
 import torch
 
@@ -21,33 +19,13 @@ from lora_kernels.testing import (
     poisoned_empty,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> object:
+def emulated() -> object:
     """torch.ops of the host entry, linked against the emulated kernels."""
-    compiler = emulator_library.compiler()
-    if compiler is None:
-        pytest.skip("no C++ compiler; install g++ or set CXX")
-    kernels = emulator_library.build()
-    library = tmp_path_factory.mktemp("host") / "host_entry.so"
-    folder = Path(torch.__file__).parent
-    command = [
-        compiler, "-shared", "-fPIC", "-fvisibility=hidden", "-O1", "-std=c++17", "-DLK_EMULATOR",
-        "-DTORCH_TARGET_VERSION=0x020b000000000000", '-DLK_NVCC_VERSION="none"',
-        '-DLK_CUDA_TARGETS="emulator"', "-I", ROOT / "csrc", "-isystem", folder / "include",
-        "-isystem", folder / "include/torch/csrc/api/include", "-o", library,
-        ROOT / "tests/csrc/host_entry_emulated.cpp", kernels, "-Wl,--no-as-needed",
-        "-L", folder / "lib", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{kernels.parent}",
-    ]  # fmt: skip
-    subprocess.run(command, check=True)
-    torch.ops.load_library(str(library))
-    dll = emulator_library.load()
-    dll.lk_options(0, 0, 163 << 10)
-    dll.lk_clear_memory()
-    return torch.ops.lora_kernels_emulated
+    return emulated_host_entry.load("lora_linear")[0]
 
 
 @pytest.fixture(autouse=True)

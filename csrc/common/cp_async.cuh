@@ -1,4 +1,4 @@
-// Asynchronous copies from global to shared memory, 16 bytes each (sm_80 and newer).
+// Asynchronous copies from global to shared memory, 16 or 4 bytes each (sm_80 and newer).
 #pragma once
 
 #include "gpu.h"
@@ -36,6 +36,17 @@ LK_DEVICE void cp_async16_if(void* shared, const void* global, bool exists) {
       "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, skip;\n}\n" ::"r"(shared_address(shared)),
       "l"(global), "r"(static_cast<uint32_t>(exists))
       : "memory");
+#endif
+}
+
+// Four bytes, aligned to 4, or zeros without reading.
+LK_DEVICE void cp_async4_if(void* shared, const void* global, bool exists) {
+#if defined(LK_EMULATOR)
+  emulator::cp_async(shared, global, 4, exists ? 4 : 0);
+#else
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(shared_address(shared)),
+               "l"(global), "r"(exists ? 4 : 0)
+               : "memory");
 #endif
 }
 

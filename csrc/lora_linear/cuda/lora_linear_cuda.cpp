@@ -10,7 +10,7 @@
 
 #include "../../common/stable_torch.h"
 #include "gemm_sm90.h"
-#include "launch.h"
+#include "operands.h"
 
 namespace lora_kernels::lora_linear::cuda {
 namespace {
@@ -31,58 +31,6 @@ void require(const char* why) {
 void require(bool right, const char* what) {
   if (!right) fail(std::string("lora_linear: ") + what);
 }
-
-Dropout make_dropout(int64_t threshold, const std::optional<Tensor>& seed) {
-  Dropout dropout{};
-  if (threshold == 0) return dropout;
-  require(threshold > 0 && threshold <= 65536, "threshold is not in 0..65536");
-  require(seed.has_value() && seed->scalar_type() == stable::ScalarType::Long && on_device(*seed) &&
-              seed->numel() == 1,
-          "dropout needs a seed: one int64 on the device of x");
-  dropout.threshold = static_cast<uint32_t>(threshold);
-  dropout.seed = static_cast<const int64_t*>(seed->const_data_ptr());
-  return dropout;
-}
-
-// An operand as the kernels want it: of dtype T, 16-byte aligned rows.
-struct Operand {
-  const void* data;
-  int64_t ld;
-};
-
-// Copies of small operands that have another dtype or odd rows, made by one launch.
-class Pads {
- public:
-  Pads(const Tensor& x, Dtype dtype) : x_(x) {
-    params_.dtype = dtype;
-    params_.jobs = 0;
-  }
-
-  // `columns` of `m` from column `first` on; aligned rows are asked for, the kernels take any.
-  Operand add(const Matrix& m, int64_t first, int64_t columns) {
-    const Dtype dtype = dtype_of(m.tensor, "an adapter");
-    const size_t element = dtype == Dtype::kFloat32 ? 4 : 2;
-    const void* data = static_cast<const char*>(m.data) + first * static_cast<int64_t>(element);
-    if (dtype == params_.dtype && aligned16(data, m.ld)) return {data, m.ld};
-    require(params_.jobs < kMaxPadJobs, "too many operands to copy");
-    const int64_t ld = padded_rank(columns);
-    copies_.push_back(stable::empty(x_, {m.rows, ld}));
-    void* copy = copies_.back().mutable_data_ptr();
-    params_.job[params_.jobs++] = {data, dtype, m.ld, 1, m.rows, columns, copy, ld, ld};
-    return {copy, ld};
-  }
-
-  void launch(cudaStream_t stream) {
-    if (params_.jobs == 0) return;
-    require(check(params_));
-    check_launch(launch_pad(params_, stream), "pad");
-  }
-
- private:
-  Tensor x_;
-  std::vector<Tensor> copies_;
-  PadParams params_;
-};
 
 // The GEMM of this device and these operands; `name` is "auto" or one kernel by name.
 void run_gemm(const GemmParams& p, const std::string& name, const Place& place) {

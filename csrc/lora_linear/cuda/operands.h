@@ -1,0 +1,67 @@
+// Operands and dropout as the kernels want them, from tensors. Host code of the entries.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "../../common/stable_torch.h"
+#include "launch.h"
+
+namespace lora_kernels::lora_linear::cuda {
+
+inline Dropout make_dropout(int64_t threshold, const std::optional<stable::Tensor>& seed) {
+  Dropout dropout{};
+  if (threshold == 0) return dropout;
+  if (threshold < 0 || threshold > 65536) stable::fail("threshold is not in 0..65536");
+  if (!seed.has_value() || seed->scalar_type() != stable::ScalarType::Long ||
+      !stable::on_device(*seed) || seed->numel() != 1) {
+    stable::fail("dropout needs a seed: one int64 on the device of x");
+  }
+  dropout.threshold = static_cast<uint32_t>(threshold);
+  dropout.seed = static_cast<const int64_t*>(seed->const_data_ptr());
+  return dropout;
+}
+
+// An operand as the kernels want it: of dtype T, 16-byte aligned rows.
+struct Operand {
+  const void* data;
+  int64_t ld;
+};
+
+// Copies of small operands that have another dtype or odd rows, made by one launch.
+class Pads {
+ public:
+  Pads(const stable::Tensor& x, Dtype dtype) : x_(x) {
+    params_.dtype = dtype;
+    params_.jobs = 0;
+  }
+
+  // `columns` of `m` from column `first` on; aligned rows are asked for, the kernels take any.
+  // `padded`: columns up to a multiple of 8 are read, those behind the last one have to be zero.
+  Operand add(const stable::Matrix& m, int64_t first, int64_t columns, bool padded = false) {
+    const Dtype dtype = stable::dtype_of(m.tensor, "an adapter");
+    const size_t element = dtype == Dtype::kFloat32 ? 4 : 2;
+    const void* data = static_cast<const char*>(m.data) + first * static_cast<int64_t>(element);
+    const bool whole = !padded || columns % kRankAlign == 0;
+    if (dtype == params_.dtype && aligned16(data, m.ld) && whole) return {data, m.ld};
+    if (params_.jobs >= kMaxPadJobs) stable::fail("too many operands to copy");
+    const int64_t ld = padded_rank(columns);
+    copies_.push_back(stable::empty(x_, {m.rows, ld}));
+    void* copy = copies_.back().mutable_data_ptr();
+    params_.job[params_.jobs++] = {data, dtype, m.ld, 1, m.rows, columns, copy, ld, ld};
+    return {copy, ld};
+  }
+
+  void launch(cudaStream_t stream) {
+    if (params_.jobs == 0) return;
+    if (const char* why = check(params_)) stable::fail(why);
+    stable::check_launch(launch_pad(params_, stream), "pad");
+  }
+
+ private:
+  stable::Tensor x_;
+  std::vector<stable::Tensor> copies_;
+  PadParams params_;
+};
+
+}  // namespace lora_kernels::lora_linear::cuda

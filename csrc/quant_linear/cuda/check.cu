@@ -1,0 +1,105 @@
+// What the launchers accept, and the launcher that picks an element type. Host code only.
+#include "skinny_gemm_split.h"
+
+namespace lora_kernels::quant_linear::cuda {
+namespace {
+
+constexpr int64_t kMaxExtent = (int64_t{1} << 31) - 1024;
+const char* const kExtent = "an extent is not in 1..2^31 - 1024";
+const char* const kNull = "a pointer that is read or written is null";
+const char* const kStride = "a row stride is smaller than the row";
+
+bool multiple(int64_t value, int64_t of) { return value % of == 0; }
+
+bool aligned(const void* data, int64_t bytes) {
+  return multiple(static_cast<int64_t>(reinterpret_cast<uintptr_t>(data)), bytes);
+}
+
+const char* check_weight(const QuantWeight& w) {
+  if (w.n < 1 || w.k < 1 || w.n > kMaxExtent || w.k > kMaxExtent) return kExtent;
+  if (w.packed == nullptr) return kNull;
+  switch (w.layout) {
+    case Layout::kFlat:
+      if (w.block_shift < 5 || w.block_shift > 30) return "a block has fewer than 32 elements";
+      if (w.nested_block < 0) return "the nested block size is negative";
+      if (w.code == nullptr || w.absmax == nullptr) return kNull;
+      if ((w.n * w.k >> w.block_shift) > kMaxExtent) return "the weight has 2^31 blocks or more";
+      if (w.nested_block == 0) return nullptr;
+      return w.nested_absmax == nullptr || w.nested_code == nullptr || w.offset == nullptr
+                 ? kNull
+                 : nullptr;
+    case Layout::kInt8:
+    case Layout::kFp8:
+      if (w.scale_rows < 1 || w.scale_columns < 1) return "a scale serves no element";
+      return w.scale == nullptr ? kNull : nullptr;
+    case Layout::kGptq:
+    case Layout::kAwq:
+      if (w.groups < 1 || w.group < 1) return "the weight has no groups";
+      if (w.packed_n != (w.n + 7) / 8) return "zeros have another number of columns than N / 8";
+      if (w.g_idx == nullptr && (w.k - 1) / w.group >= w.groups) return "k has more groups than scales";
+      return w.scales == nullptr || w.zeros == nullptr ? kNull : nullptr;
+  }
+  return "the layout is unknown";
+}
+
+// Elements along k that share a scale.
+int64_t run_of(const QuantWeight& w) {
+  if (w.layout == Layout::kFlat) return int64_t{1} << w.block_shift;
+  return w.layout == Layout::kInt8 || w.layout == Layout::kFp8 ? w.scale_columns : w.group;
+}
+
+}  // namespace
+
+const char* check(const DequantizeParams& p) {
+  if (const char* why = check_weight(p.w)) return why;
+  if (p.numel != p.w.n * p.w.k) return "numel is not N K";
+  if (p.out == nullptr) return kNull;
+  if (!aligned(p.out, 16)) return "the result is not aligned to 16 bytes";
+  if (p.w.n > int64_t{64} * 65535 && (p.w.layout == Layout::kGptq || p.w.layout == Layout::kAwq)) {
+    return "an int4 weight has more than 64 * 65535 rows";
+  }
+  return nullptr;
+}
+
+const char* check(const SkinnyGemmParams& p) {
+  if (p.dtype != Dtype::kBFloat16 && p.dtype != Dtype::kFloat16) {
+    return "dtype is not supported; bfloat16 and float16 are";
+  }
+  if (p.m < 0 || p.m > kMaxSkinnyRows) return "the rows are not in 0..128";
+  if (const char* why = check_weight(p.w)) return why;
+  if (!multiple(p.w.k, 32)) return "K is no multiple of 32";
+  if (run_of(p.w) < p.w.k && !multiple(run_of(p.w), 32)) {
+    return "the elements along k that share a scale are no multiple of 32";
+  }
+  if (p.w.g_idx != nullptr) return "groups in another order than that of k are not supported";
+  if (!aligned(p.w.packed, 16)) return "the packed weight is not aligned to 16 bytes";
+  if (p.m == 0) return nullptr;
+  if (p.x == nullptr || p.y == nullptr) return kNull;
+  if (!aligned(p.x, 16) || !multiple(p.ldx, 8)) return "the rows of x are not aligned to 16 bytes";
+  if (p.ldx < p.w.k || p.ldy < p.w.n) return kStride;
+  if (p.padded_rank < 0 || !multiple(p.padded_rank, 8)) return "the padded rank is no multiple of 8";
+  if (p.padded_rank > 0) {
+    if (p.b == nullptr || p.scaled_s == nullptr) return kNull;
+    if (p.ldb < p.padded_rank || p.ld_scaled < p.padded_rank) return kStride;
+    if (!aligned(p.b, 4) || !aligned(p.scaled_s, 4) || !multiple(p.ldb, 2) ||
+        !multiple(p.ld_scaled, 2)) {
+      return "the rows of B or S are not aligned to 4 bytes";
+    }
+  }
+  if (p.workspace == nullptr && skinny_gemm_workspace(p) > 0) return kNull;
+  return nullptr;
+}
+
+size_t skinny_gemm_workspace(const SkinnyGemmParams& p) {
+  const int parts = skinny_split(p).parts;
+  return parts == 1 ? 0 : sizeof(float) * parts * p.m * p.w.n;
+}
+
+cudaError_t launch_skinny_gemm(const SkinnyGemmParams& p, cudaStream_t stream) {
+  if (check(p) != nullptr) return cudaErrorInvalidValue;
+  if (p.m == 0) return cudaSuccess;
+  return p.dtype == Dtype::kBFloat16 ? run_skinny_gemm_bf16(p, stream)
+                                     : run_skinny_gemm_fp16(p, stream);
+}
+
+}  // namespace lora_kernels::quant_linear::cuda

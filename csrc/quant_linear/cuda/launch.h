@@ -1,0 +1,29 @@
+// Launchers of the GPU kernels of quant_linear. Torch-free; host C++.
+//
+// Each returns at once: cudaSuccess, the error of the launch, or cudaErrorInvalidValue when check()
+// has a reason against the arguments. Results are bitwise reproducible for equal arguments,
+// sm_count included: partial sums go to the workspace and a second kernel adds them in order.
+#pragma once
+
+#include <cstddef>
+
+#include "params.h"
+
+#if defined(LK_EMULATOR)
+#include "../../common/emulator/runtime.h"
+#else
+#include <cuda_runtime_api.h>
+#endif
+
+namespace lora_kernels::quant_linear::cuda {
+
+// Null when the launcher accepts the arguments, else one sentence. Host code, no device access.
+const char* check(const DequantizeParams&);
+const char* check(const SkinnyGemmParams&);
+
+size_t skinny_gemm_workspace(const SkinnyGemmParams&);  // bytes; `workspace` itself is not read
+
+cudaError_t launch_dequantize(const DequantizeParams&, cudaStream_t);   // 1 launch
+cudaError_t launch_skinny_gemm(const SkinnyGemmParams&, cudaStream_t);  // 1, or 2 when K is split
+
+}  // namespace lora_kernels::quant_linear::cuda

@@ -1,0 +1,271 @@
+// Host entry of the CUDA kernels of quant_linear, on the LibTorch stable ABI: library
+// lora_kernels_cuda. Shapes, dtypes and formats are those of lora_kernels/ops/quant_linear/cuda.py,
+// which has checked them; here only what a wrong caller could crash on is checked again.
+//
+// quant_dequantize: one launch. quant_linear_fwd: [pad]  shrink  skinny GEMM; where that does not
+// apply, cuda.py dequantizes and calls lora_linear's entry. Everything runs on the current stream,
+// allocates through torch and never waits for the device, so a call can be captured into a graph.
+#include <tuple>
+
+#include "../../common/stable_torch.h"
+#include "../../lora_linear/cuda/operands.h"
+#include "../../lora_linear/cuda/split.h"
+#include "launch.h"
+
+namespace lora_kernels::quant_linear::cuda {
+namespace {
+
+namespace lora = lora_linear::cuda;
+using lora::ceil_div;
+using stable::as_matrix;
+using stable::check_launch;
+using stable::dtype_of;
+using stable::fail;
+using stable::Matrix;
+using stable::on_device;
+using stable::Place;
+using stable::ScalarType;
+using stable::Tensor;
+
+void require(const char* why) {
+  if (why != nullptr) fail(std::string("quant_linear: ") + why);
+}
+
+void require(bool right, const char* what) {
+  if (!right) fail(std::string("quant_linear: ") + what);
+}
+
+// Spec of a weight as cuda.py passes it; formats.py says what its parts are.
+struct Spec {
+  std::string layout;
+  int64_t n, k, block_size, nested_block;
+  double factor;
+};
+
+// A part of the expected length, contiguous, on the device of the first one.
+const void* part(const std::vector<Tensor>& parts, size_t index, ScalarType type, int64_t length) {
+  require(index < parts.size(), "parts are missing");
+  const Tensor& t = parts[index];
+  require(on_device(t) && t.get_device_index() == parts[0].get_device_index(),
+          "a part is on another device");
+  require(t.scalar_type() == type, "a part has another dtype than its format");
+  require(t.numel() == length && t.is_contiguous(), "a part has another shape than its format");
+  return t.const_data_ptr();
+}
+
+int log2_of(int64_t value) {
+  for (int i = 0; i < 31; ++i) {
+    if (value == int64_t{1} << i) return i;
+  }
+  fail("quant_linear: the block size is no power of two");
+}
+
+void fill_flat(QuantWeight& w, const Spec& s, const std::vector<Tensor>& parts) {
+  const int64_t blocks = ceil_div(s.n * s.k, s.block_size);
+  w.layout = Layout::kFlat;
+  w.packed = part(parts, 0, ScalarType::Byte, (s.n * s.k + 1) / 2);
+  w.block_shift = log2_of(s.block_size);
+  w.nested_block = static_cast<int>(s.nested_block);
+  w.absmax = part(parts, 1, s.nested_block > 0 ? ScalarType::Byte : ScalarType::Float, blocks);
+  w.code = static_cast<const float*>(part(parts, 2, ScalarType::Float, 16));
+  if (s.nested_block == 0) return;
+  const int64_t nested = ceil_div(blocks, s.nested_block);
+  w.nested_absmax = static_cast<const float*>(part(parts, 3, ScalarType::Float, nested));
+  w.nested_code = static_cast<const float*>(part(parts, 4, ScalarType::Float, 256));
+  w.offset = static_cast<const float*>(part(parts, 5, ScalarType::Float, 1));
+}
+
+void fill_rows(QuantWeight& w, const Spec& s, const std::vector<Tensor>& parts) {
+  const bool int8 = s.layout == "int8_row", block = s.layout == "fp8_block";
+  w.layout = int8 ? Layout::kInt8 : Layout::kFp8;
+  w.packed = part(parts, 0, int8 ? ScalarType::Char : ScalarType::Float8_e4m3fn, s.n * s.k);
+  w.scale_rows = block ? s.block_size : s.layout == "fp8_tensor" ? s.n : 1;
+  w.scale_columns = block ? s.block_size : s.k;
+  w.scale_ld = ceil_div(s.k, w.scale_columns);
+  w.factor = static_cast<float>(s.factor);
+  const int64_t scales = ceil_div(s.n, w.scale_rows) * w.scale_ld;
+  w.scale = static_cast<const float*>(part(parts, 1, ScalarType::Float, scales));
+}
+
+void fill_int4(QuantWeight& w, const Spec& s, const std::vector<Tensor>& parts, bool in_order) {
+  const bool awq = s.layout == "awq";
+  w.layout = awq ? Layout::kAwq : Layout::kGptq;
+  w.packed_n = ceil_div(s.n, 8);
+  w.group = s.block_size;
+  w.groups = ceil_div(s.k, s.block_size);
+  w.zero_offset = s.layout == "gptq_v1" ? 1 : 0;
+  w.packed = part(parts, 0, ScalarType::Int, awq ? s.k * w.packed_n : ceil_div(s.k, 8) * s.n);
+  w.zeros = static_cast<const int32_t*>(part(parts, 1, ScalarType::Int, w.groups * w.packed_n));
+  require(parts.size() > 2, "parts are missing");
+  w.scales_dtype = dtype_of(parts[2], "part scales");
+  w.scales = part(parts, 2, parts[2].scalar_type(), w.groups * s.n);
+  if (awq || in_order) return;
+  w.g_idx = static_cast<const int32_t*>(part(parts, 3, ScalarType::Int, s.k));
+}
+
+// in_order: the groups of gptq follow k, so that g_idx need not be read.
+QuantWeight make_weight(const Spec& s, const std::vector<Tensor>& parts, bool in_order) {
+  require(s.n >= 1 && s.k >= 1 && s.block_size >= 1 && s.nested_block >= 0 && !parts.empty(),
+          "the spec of the weight has an extent of zero");
+  QuantWeight w{};
+  w.n = s.n;
+  w.k = s.k;
+  if (s.layout == "flat") {
+    fill_flat(w, s, parts);
+  } else if (s.layout == "int8_row" || s.layout == "fp8_tensor" || s.layout == "fp8_row" ||
+             s.layout == "fp8_block") {
+    fill_rows(w, s, parts);
+  } else if (s.layout == "gptq" || s.layout == "gptq_v1" || s.layout == "awq") {
+    fill_int4(w, s, parts, in_order);
+  } else {
+    fail("quant_linear: layout '" + s.layout + "' is unknown");
+  }
+  return w;
+}
+
+ScalarType scalar_type(Dtype dtype) {
+  return dtype == Dtype::kFloat32    ? ScalarType::Float
+         : dtype == Dtype::kBFloat16 ? ScalarType::BFloat16
+                                     : ScalarType::Half;
+}
+
+// dtype: 0 float32, 1 bfloat16, 2 float16.
+Tensor dequantize(std::vector<Tensor> parts, std::string layout, int64_t n, int64_t k,
+                  int64_t block_size, int64_t nested_block, double factor, int64_t dtype) {
+  require(!parts.empty() && on_device(parts[0]), "the weight is not on a CUDA device");
+  require(dtype >= 0 && dtype <= 2, "dtype is not 0, 1 or 2");
+  const Place place(parts[0]);
+  DequantizeParams p{};
+  p.w = make_weight({layout, n, k, block_size, nested_block, factor}, parts, false);
+  p.numel = n * k;
+  p.dtype = static_cast<Dtype>(dtype);
+  Tensor out = stable::empty(parts[0], {n, k}, scalar_type(p.dtype));
+  p.out = out.mutable_data_ptr();
+  require(check(p));
+  check_launch(launch_dequantize(p, place.stream), "dequantize");
+  return out;
+}
+
+// Shares of K of the shrink kernel that do not depend on the number of rows.
+int shrink_splits(int64_t k, int64_t padded_rank, int sm_count) {
+  return lora::choose_split(ceil_div(k, 128), ceil_div(padded_rank, 64), sm_count, 4, 0).parts;
+}
+
+std::tuple<Tensor, Tensor> forward(Tensor x_in, std::vector<Tensor> parts, std::string layout,
+                                   int64_t n, int64_t k, int64_t block_size, int64_t nested_block,
+                                   double factor, std::optional<Tensor> bias,
+                                   std::optional<Tensor> lora_a, std::optional<Tensor> lora_b,
+                                   double scaling, double keep_scale, int64_t threshold,
+                                   std::optional<Tensor> seed) {
+  const Place place(x_in);
+  const Matrix x = as_matrix(x_in, "x");
+  const Dtype dtype = dtype_of(x_in, "x");
+  require(x.columns == k, "x has another number of columns than the weight");
+  require(!parts.empty() && parts[0].get_device_index() == x_in.get_device_index(),
+          "the weight is on another device than x");
+  require(lora_a.has_value() == lora_b.has_value(), "one of lora_a and lora_b is missing");
+
+  SkinnyGemmParams p{};
+  p.dtype = dtype;
+  p.m = x.rows;
+  p.w = make_weight({layout, n, k, block_size, nested_block, factor}, parts, true);
+  p.sm_count = place.sm_count;
+
+  lora::Pads pads(x.tensor, dtype);
+  const lora::Operand aligned_x = pads.add(x, 0, k);
+  p.x = aligned_x.data;
+  p.ldx = aligned_x.ld;
+  int64_t rank = 0;
+  lora::Operand a{}, b{};
+  std::optional<Matrix> held_a, held_b;
+  if (lora_a.has_value()) {
+    held_a = as_matrix(*lora_a, "lora_a");
+    held_b = as_matrix(*lora_b, "lora_b");
+    rank = held_a->rows;
+    require(held_a->columns == k && held_b->rows == n && held_b->columns == rank,
+            "the shapes of x, weight, lora_a and lora_b do not fit");
+    for (const Matrix* m : {&*held_a, &*held_b}) {
+      require(on_device(m->tensor) && m->tensor.get_device_index() == x_in.get_device_index(),
+              "an operand is on another device than x");
+    }
+    a = pads.add(*held_a, 0, k);
+    b = pads.add(*held_b, 0, rank, true);
+  }
+  pads.launch(place.stream);
+
+  Tensor s = stable::empty(x.tensor, {x.rows, rank});
+  std::optional<Tensor> scaled_s;
+  if (rank > 0) {
+    const int64_t padded = lora::padded_rank(rank);
+    scaled_s = stable::empty(x.tensor, {x.rows, padded});
+    lora::ShrinkParams shrink{};
+    shrink.dtype = dtype;
+    shrink.x = p.x;
+    shrink.ldx = p.ldx;
+    shrink.m = x.rows;
+    shrink.k = k;
+    shrink.members = 1;
+    shrink.member[0] = {a.data, a.ld, rank, 0, 0, static_cast<float>(scaling)};
+    shrink.s = s.mutable_data_ptr();
+    shrink.lds = rank;
+    shrink.scaled_s = scaled_s->mutable_data_ptr();
+    shrink.ld_scaled = padded;
+    shrink.keep_scale = static_cast<float>(keep_scale);
+    shrink.dropout = lora::make_dropout(threshold, seed);
+    shrink.sm_count = place.sm_count;
+    shrink.splits = shrink_splits(k, padded, place.sm_count);
+    Tensor space = stable::workspace(x.tensor, lora::shrink_workspace(shrink));
+    shrink.workspace = space.mutable_data_ptr();
+    require(lora::check(shrink));
+    check_launch(lora::launch_shrink(shrink, place.stream), "shrink");
+    p.scaled_s = shrink.scaled_s;
+    p.ld_scaled = padded;
+    p.b = b.data;
+    p.ldb = b.ld;
+    p.padded_rank = padded;
+  }
+  std::optional<Tensor> held_bias;
+  if (bias.has_value()) {
+    require(bias->numel() == n && on_device(*bias) &&
+                bias->get_device_index() == x_in.get_device_index(),
+            "the bias has another length or device than the weight");
+    held_bias = torch::stable::contiguous(*bias);
+    p.bias = held_bias->const_data_ptr();
+    p.bias_dtype = dtype_of(*held_bias, "bias");
+  }
+  Tensor y = stable::empty(x.tensor, {x.rows, n});
+  p.y = y.mutable_data_ptr();
+  p.ldy = n;
+  Tensor space = stable::workspace(x.tensor, skinny_gemm_workspace(p));
+  p.workspace = space.mutable_data_ptr();
+  require(check(p));
+  check_launch(launch_skinny_gemm(p, place.stream), "skinny_gemm");
+  return {y, s};
+}
+
+}  // namespace
+
+#if defined(LK_EMULATOR)
+#define LK_LIBRARY lora_kernels_emulated
+#define LK_KEY CPU
+#else
+#define LK_LIBRARY lora_kernels_cuda
+#define LK_KEY CUDA
+#endif
+
+STABLE_TORCH_LIBRARY_FRAGMENT(LK_LIBRARY, m) {
+  m.def(
+      "quant_dequantize(Tensor[] parts, str layout, int n, int k, int block_size, "
+      "int nested_block, float factor, int dtype) -> Tensor");
+  m.def(
+      "quant_linear_fwd(Tensor x, Tensor[] parts, str layout, int n, int k, int block_size, "
+      "int nested_block, float factor, Tensor? bias, Tensor? lora_a, Tensor? lora_b, "
+      "float scaling, float keep_scale, int threshold, Tensor? seed) -> (Tensor y, Tensor s)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(LK_LIBRARY, LK_KEY, m) {
+  m.impl("quant_dequantize", TORCH_BOX(&dequantize));
+  m.impl("quant_linear_fwd", TORCH_BOX(&forward));
+}
+
+}  // namespace lora_kernels::quant_linear::cuda
