@@ -18,6 +18,7 @@ from lora_kernels.ops.quant_linear.formats import QuantSpec
 MOST_ROWS = 128  # of the packed product; beyond, dequantization and a library GEMM
 MAX_SPLITS = 8
 RANK_BLOCK = 32
+AHEAD = 4  # a split is a multiple of the most steps in flight
 _MIN_STEPS = 8  # of a split
 
 
@@ -45,11 +46,11 @@ class Walk:
 
 @dataclass(frozen=True)
 class Launch:
-    """What does not: rows of the batch per program, warps, stages."""
+    """What does not: rows of the batch per program, warps, steps in flight (a power of two)."""
 
     rows: int
     num_warps: int
-    num_stages: int
+    ahead: int
 
 
 def is_fast(spec: QuantSpec, columns: int) -> bool:
@@ -79,24 +80,26 @@ def walk(spec: QuantSpec, itemsize: int, backward: bool, where: Target) -> Walk:
         held, step = _columns(spec, 64), 32
     else:
         held, step = 64, _columns(spec, 64)
-    extent, total = (
-        (spec.columns, spec.rows) if backward else (spec.rows, spec.columns)
-    )  # fmt: skip
+    extent, total = spec.rows, spec.columns
+    if backward:
+        extent, total = total, extent
     tiles, steps = -(-extent // held), -(-total // step)
     wanted = min(2 * where.processors // max(1, tiles), steps // _MIN_STEPS, MAX_SPLITS)
     splits = 1 << max(0, wanted.bit_length() - 1) if wanted > 0 else 1
     return Walk(held, step, splits)
 
 
-def launch(rows: int, itemsize: int, where: Target) -> Launch:
-    """Rows of the batch: the least power of two that holds them, at most 64."""
+def launch(rows: int, itemsize: int, backward: bool, fast: bool) -> Launch:
+    """Rows of the batch: the least power of two that holds them, at most 64. Steps in flight: what
+    registers hold beside the sums and, where not `fast`, a scale per element."""
     if "launch" in _forced:
         return _forced["launch"]
-    tile = 16
-    most = 32 if itemsize == 4 else 64
+    tile, most = 16, 32 if itemsize == 4 else 64
     while tile < min(rows, most):
         tile *= 2
-    return Launch(tile, 4, 2 if where.amd else 3)
+    if not fast or itemsize == 4:
+        return Launch(tile, 4, 1)
+    return Launch(tile, 4, AHEAD if tile <= 32 and not backward else 2 if tile <= 32 else 1)
 
 
 _forced: dict[str, Any] = {}

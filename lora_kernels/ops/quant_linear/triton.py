@@ -5,8 +5,8 @@ Dispatch calls :func:`supports`, :func:`dequantize`, :func:`quant_linear_fwd` an
 Nothing waits for the device, so the calls can be captured in a graph once their kernels are
 compiled (the first call compiles).
 
-    up to MOST_ROWS rows    products on the packed weight and, for an adapter or a split sum, finish;
-                            the same two launches give dX. dA and dB as lora_linear has them.
+    up to MOST_ROWS rows    products on the packed weight and, for an adapter or a split sum,
+                            finish; the same two launches give dX. dA and dB as lora_linear has them
     more rows               dequantize, one launch, then lora_linear on that weight (on a GPU the
                             backend that its own evidence prefers), or without an adapter a GEMM of
                             the library
@@ -134,7 +134,6 @@ def _format(spec: QuantSpec, columns: int) -> dict[str, Any]:
     return {
         "LAYOUT": spec.layout, "BLOCK": spec.block_size if blocked else 0,
         "ACT_ORDER": spec.act_order, "FAST": configs.is_fast(spec, columns),
-        "enable_fp_fusion": False,
     }  # fmt: skip
 
 
@@ -154,7 +153,7 @@ def dequantize(parts: tuple[Tensor, ...], spec: QuantSpec, dtype: torch.dtype) -
         rows, columns = 64, 64
         _kernels().dequantize_rows[(-(-spec.rows // rows), -(-spec.columns // columns))](
             _raw(parts, spec), out, spec.rows, spec.columns,
-            BN=rows, BK=columns, num_warps=4, **_format(spec, columns),
+            BN=rows, BK=columns, num_warps=4, enable_fp_fusion=False, **_format(spec, columns),
         )  # fmt: skip
     return out
 
@@ -257,17 +256,18 @@ def _packed_product(
     m, where = z.shape[0], target_of(z)
     p, q = (spec.columns, spec.rows) if backward else (spec.rows, spec.columns)
     w = configs.walk(spec, z.element_size(), backward, where)
-    c = configs.launch(m, z.element_size(), where)
+    constants = _format(spec, w.held if backward else w.step)
+    c = configs.launch(m, z.element_size(), backward, constants["FAST"])
     rank = 0 if adapter is None else adapter.left.shape[0]
     limit = threshold(dropout_p) if seed is not None and rank else 0
     steps = -(-q // w.step)
-    per_split = -(-steps // w.splits)
+    per_split = -(-steps // (w.splits * configs.AHEAD)) * configs.AHEAD
     splits = -(-steps // per_split)
     out, u = z.new_empty(m, p), z.new_empty(m, rank)
     whole = splits == 1 and adapter is None
     target = out if whole else z.new_empty(splits, m, p + rank, dtype=torch.float32)
     left, right = (out, out) if adapter is None else (adapter.left, adapter.right)
-    shared = {"PRECISION": _precision(z.dtype), "enable_fp_fusion": False}
+    shared: dict[str, Any] = {"PRECISION": _precision(z.dtype)}
     if where.amd:
         shared["matrix_instr_nonkdim"] = 16  # one instruction whatever the tile
     bias_stride = 0 if bias is None else bias.stride(0)
@@ -279,10 +279,11 @@ def _packed_product(
             z, _raw(parts, spec), left, z if bias is None else bias, target, drawn,
             m, spec.rows, spec.columns, rank, z.stride(0), z.stride(1),
             left.stride(0), left.stride(1), bias_stride, limit, per_split,
-            BH=w.held, BM=c.rows, BQ=w.step, BACKWARD=backward, PARTIAL=not whole,
+            BH=w.held, BM=c.rows, BQ=w.step, AHEAD=c.ahead, BACKWARD=backward, PARTIAL=not whole,
             HAS_BIAS=bias is not None, DROPOUT=limit > 0, NESTED=spec.nested_block_size,
-            num_warps=c.num_warps, num_stages=c.num_stages,
-            **{**_format(spec, w.held if backward else w.step), **shared},
+            num_warps=c.num_warps, num_stages=3,
+            enable_fp_fusion=False,
+            **constants, **shared,
         )  # fmt: skip
         if whole:
             return out, u

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.quant_linear.triton_decode import absmax_of, decode
+from lora_kernels.ops.quant_linear.triton_decode import absmax_of, fetch, values
 
 
 @triton.jit
@@ -47,7 +47,8 @@ def dequantize_rows(
     FAST: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     n0, k0 = tl.program_id(0) * BN, tl.program_id(1) * BK
-    w = decode(parts, n0, k0, N, K, LAYOUT, BLOCK, 0, ACT_ORDER, FAST, BN, BK)
+    tile = fetch(parts, n0, k0, N, K, LAYOUT, BLOCK, 0, ACT_ORDER, FAST, BN, BK)
+    w = values(tile, 0, LAYOUT, FAST, BN, BK)
     n, k = n0 + tl.arange(0, BN), k0 + tl.arange(0, BK)
     pointers = out + n.to(tl.int64)[:, None] * K + k[None, :]
     tl.store(pointers, w.to(out.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])

@@ -1,4 +1,5 @@
 # mypy: ignore-errors
+# ruff: noqa: RUF005 - Triton concatenates tuples, it does not unpack them.
 """Few rows against a packed weight: decoded tiles, split sums, the adapter in the same launches.
 
 Math       forward   S  = ks drop(X) A^T,   Y  = X W^T + s S B^T + bias
@@ -29,7 +30,7 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops._triton_philox import keep_tile
-from lora_kernels.ops.quant_linear.triton_decode import decode
+from lora_kernels.ops.quant_linear.triton_decode import code_of, fetch, values
 
 
 @triton.jit
@@ -40,26 +41,58 @@ def _z_tile(z, q, m, Q, M, szq, szm):
 
 
 @triton.jit
-def _weight_sum(
-    z, parts, h0, m, M, N, K, szm, szq, first, last,
-    BH: tl.constexpr, BM: tl.constexpr, BQ: tl.constexpr, BACKWARD: tl.constexpr,
-    LAYOUT: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, ACT_ORDER: tl.constexpr,
-    FAST: tl.constexpr, PRECISION: tl.constexpr,
+def _fetch_step(
+    z, parts, h0, m, step, steps, M, N, K, szm, szq,
+    BH: tl.constexpr, BQ: tl.constexpr, BACKWARD: tl.constexpr, LAYOUT: tl.constexpr,
+    BLOCK: tl.constexpr, NESTED: tl.constexpr, ACT_ORDER: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
+    """Operands of a step as they lie in memory. Past the end: the last weights again, rows of 0."""
+    q = step * BQ + tl.arange(0, BQ)
+    q0 = tl.minimum(step, steps - 1) * BQ
+    if BACKWARD:
+        tile = fetch(parts, q0, h0, N, K, LAYOUT, BLOCK, NESTED, ACT_ORDER, FAST, BQ, BH)
+        return tile, _z_tile(z, q, m, N, M, szq, szm)
+    else:
+        tile = fetch(parts, h0, q0, N, K, LAYOUT, BLOCK, NESTED, ACT_ORDER, FAST, BH, BQ)
+        return tile, _z_tile(z, q, m, K, M, szq, szm)
+
+
+@triton.jit
+def _weight_sum(
+    z, parts, h0, m, M, N, K, szm, szq, first, last, steps,
+    BH: tl.constexpr, BM: tl.constexpr, BQ: tl.constexpr, AHEAD: tl.constexpr,
+    BACKWARD: tl.constexpr, LAYOUT: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr,
+    ACT_ORDER: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """AHEAD steps are in flight, in registers: a lookup between a load and a product keeps Triton
+    from making a pipeline of shared memory that is worth its instructions."""
     acc = tl.zeros((BH, BM), tl.float32)
     dtype: tl.constexpr = z.dtype.element_ty
-    for step in tl.range(first, last):
-        q0 = step * BQ
-        q = q0 + tl.arange(0, BQ)
-        if BACKWARD:
-            w = tl.trans(
-                decode(parts, q0, h0, N, K, LAYOUT, BLOCK, NESTED, ACT_ORDER, FAST, BQ, BH)
-            )
-            rows = _z_tile(z, q, m, N, M, szq, szm)
-        else:
-            w = decode(parts, h0, q0, N, K, LAYOUT, BLOCK, NESTED, ACT_ORDER, FAST, BH, BQ)
-            rows = _z_tile(z, q, m, K, M, szq, szm)
-        acc = tl.dot(w.to(dtype), rows, acc, input_precision=PRECISION)
+    code = code_of(parts, LAYOUT)
+    queue = ()
+    for i in tl.static_range(AHEAD):
+        queue = queue + (
+            _fetch_step(
+                z, parts, h0, m, first + i, steps, M, N, K, szm, szq,
+                BH, BQ, BACKWARD, LAYOUT, BLOCK, NESTED, ACT_ORDER, FAST,
+            ),
+        )  # fmt: skip
+    for start in tl.range(first, last, AHEAD, num_stages=1):
+        following = ()
+        for i in tl.static_range(AHEAD):
+            tile, rows = queue[i]
+            following = following + (
+                _fetch_step(
+                    z, parts, h0, m, start + AHEAD + i, steps, M, N, K, szm, szq,
+                    BH, BQ, BACKWARD, LAYOUT, BLOCK, NESTED, ACT_ORDER, FAST,
+                ),
+            )  # fmt: skip
+            if BACKWARD:
+                w = tl.trans(values(tile, code, LAYOUT, FAST, BQ, BH))
+            else:
+                w = values(tile, code, LAYOUT, FAST, BH, BQ)
+            acc = tl.dot(w.to(dtype), rows, acc, input_precision=PRECISION)
+        queue = following
     return acc
 
 
@@ -89,8 +122,8 @@ def _adapter_sum(
 def products(
     z, parts, left, bias, out, seed_ptr, M, N, K, rank, szm, szq, slr, slq, bias_stride,
     threshold, steps_per_split,
-    BH: tl.constexpr, BM: tl.constexpr, BQ: tl.constexpr, BACKWARD: tl.constexpr,
-    PARTIAL: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    BH: tl.constexpr, BM: tl.constexpr, BQ: tl.constexpr, AHEAD: tl.constexpr,
+    BACKWARD: tl.constexpr, PARTIAL: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
     LAYOUT: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, ACT_ORDER: tl.constexpr,
     FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -99,11 +132,12 @@ def products(
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     weight_tiles = tl.cdiv(P, BH)
     first = split * steps_per_split
-    last = tl.minimum(first + steps_per_split, tl.cdiv(Q, BQ))
+    steps = tl.cdiv(Q, BQ)
+    last = tl.minimum(first + steps_per_split, steps)
     if tile < weight_tiles:
         acc = _weight_sum(
-            z, parts, tile * BH, m, M, N, K, szm, szq, first, last,
-            BH, BM, BQ, BACKWARD, LAYOUT, BLOCK, NESTED, ACT_ORDER, FAST, PRECISION,
+            z, parts, tile * BH, m, M, N, K, szm, szq, first, last, steps,
+            BH, BM, BQ, AHEAD, BACKWARD, LAYOUT, BLOCK, NESTED, ACT_ORDER, FAST, PRECISION,
         )  # fmt: skip
         h = tile * BH + tl.arange(0, BH)
         column, end = h, P
