@@ -101,12 +101,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """argparse takes a list of words in one place only; here an option may stand among them."""
+    """argparse gives optional words away at the first option; here an option may stand before."""
     parser = _parser()
     arguments, left = parser.parse_known_args(argv)
-    if left and hasattr(arguments, "overrides") and not any(w.startswith("-") for w in left):
-        arguments.overrides += left
-    elif left:
+    if left and not any(word.startswith("-") and word != "-" for word in left):
+        if hasattr(arguments, "overrides"):
+            arguments.overrides += left
+            return arguments
+        late = [n for n in ("prompt", "data") if getattr(arguments, n, "absent") is None]
+        if late and len(left) == 1:
+            setattr(arguments, late[0], left[0])
+            return arguments
+    if left:
         parser.error(f"unrecognized arguments: {' '.join(left)}")
     return arguments
 

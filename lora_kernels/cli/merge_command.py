@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="OUTPUT", help="new folder, or .safetensors file")
     parser.add_argument("--base", metavar="MODEL", help="base model; the adapter names it")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; the base's"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the written weights; when absent the base's",
     )
     parser.add_argument("--weights-only", action="store_true", help="the changed weights alone")
     parser.add_argument("--json", action="store_true", help="what was done, as JSON")

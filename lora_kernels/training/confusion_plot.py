@@ -27,6 +27,8 @@ def draw_confusion(path: Path, confusion: dict[str, Any]) -> None:
     figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class")
     axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
     axes.set_yticks(range(len(labels)), labels)
+    right, total = sum(row[i] for i, row in enumerate(counts)), sum(map(sum, counts))
+    axes.set_title(f"test: {right} of {total} right", fontsize=10)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     if len(labels) <= _NUMBERS_UP_TO:

@@ -18,6 +18,7 @@ from lora_kernels.training.adapted_model import (
     load_base,
     load_tokenizer,
 )
+from lora_kernels.training.adapter_choice import AdapterChoice
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Generator:
         inner = (folder, folder / "adapter")
         adapted = base is not None or any((f / "adapter_config.json").is_file() for f in inner)
         of_run = base is None and dtype is None and any((f / SAVED).is_file() for f in inner)
-        self.autocast = False
+        self.autocast, self.kernels = False, kernels
         with quiet_libraries():
             if of_run:
                 # Whatever the method of the run was: quantized, frozen in part, all weights.
@@ -123,6 +124,24 @@ class Generator:
             lk.apply(self.model)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    def load_more(self, first: str | Path, others: list[str], base: str | None) -> AdapterChoice:
+        """Adapters that take turns with `first`, this generator's own, over its base.
+
+        Raises:
+            AdapterFileError, ConfigError: as :class:`AdapterChoice`.
+        """
+        from lora_kernels.training.quiet import quiet_libraries
+
+        with quiet_libraries():
+            choice = AdapterChoice(self.model, first, base)
+            for folder in others:
+                choice.add(folder)
+        if self.kernels:
+            import lora_kernels as lk
+
+            lk.apply(self.model)  # layers that only the later adapters have
+        return choice
 
     def encode(self, prompt: str, chat: bool = False) -> Any:
         """The prompt's tokens ``{"input_ids", "attention_mask"}``; `chat` puts it into a dialogue.

@@ -35,15 +35,17 @@ def write_language_model(folder: Path) -> Path:
     return folder
 
 
-def write_adapter_for(base: Path, folder: Path) -> Path:
+def write_adapter_for(
+    base: Path, folder: Path, targets: str | list[str] = "all-linear", seed: int = 2
+) -> Path:
     """B is not zero, so the adapter changes what the model says."""
     import peft
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(str(base))
-    torch.manual_seed(2)
-    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear")
+    torch.manual_seed(seed)
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=targets)
     model = peft.get_peft_model(model, lora)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

@@ -89,6 +89,40 @@ def test_generate_takes_file_stdin_and_chat(capsys, monkeypatch, tmp_path, base,
     assert chat.split() == greedy(base, adapter, "the mat cat", 5).split()
 
 
+def test_generate_with_several_adapters(capsys, tmp_path, base, adapter):
+    """Each answers as it does alone, on layers of its own too."""
+    other = write_adapter_for(base, tmp_path / "other", targets=["v_proj", "lm_head"], seed=5)
+    words = ("the cat", "--max-new-tokens", 9)
+    alone = [ran(capsys, "generate", a, *words) for a in (adapter, other)]
+    assert alone[0] != alone[1]
+    both = ran(capsys, "generate", adapter, "--with", other, *words)
+    assert both == f"== {adapter}\n{alone[0]}\n== {other}\n{alone[1]}"
+    lines = ran(capsys, "generate", adapter, "--with", other, *words, "--json").splitlines()
+    found = {d["adapter"]: d["text"] for d in map(json.loads, lines)}
+    assert [found[str(a)].split() for a in (adapter, other)] == [a.split() for a in alone]
+    # The order does not matter, and a third one either.
+    third = write_adapter_for(base, tmp_path / "third", seed=6)
+    out = ran(capsys, "generate", other, "--with", third, "--with", adapter, *words)
+    assert out.endswith(f"== {adapter}\n{alone[0]}") and out.startswith(f"== {other}\n{alone[1]}")
+
+
+def test_adapters_that_cannot_share_a_base(capsys, tmp_path, base, adapter):
+    def told(*words):
+        return refused(capsys, "generate", *words, "the cat")
+
+    assert "given twice" in told(adapter, "--with", adapter)
+    assert "no adapter" in told(adapter, "--with", tmp_path)
+    assert "not PEFT's" in told(base, "--with", adapter)
+    second = write_language_model(tmp_path / "second")
+    foreign = write_adapter_for(second, tmp_path / "foreign")
+    capsys.readouterr()
+    assert "adapters of one base" in told(adapter, "--with", foreign)
+    assert "== " in ran(
+        capsys, "generate", adapter, "--with", foreign, "--base", base, "the cat",
+        "--max-new-tokens", 2,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("method", ["lora", "freeze"])
 def test_generate_from_a_run(capsys, tmp_path, base, method):
     from lora_kernels.training import finetune
@@ -104,6 +138,16 @@ def test_generate_from_a_run(capsys, tmp_path, base, method):
     capsys.readouterr()
     out = ran(capsys, "generate", tmp_path / "run", "the cat", "--max-new-tokens", 6)
     assert 1 <= len(out.split()) <= 6
+
+
+def test_a_prompt_may_follow_the_options(capsys, base, adapter):
+    want = ran(capsys, "generate", adapter, "the cat", "--max-new-tokens", 4)
+    assert want == ran(capsys, "generate", adapter, "--max-new-tokens", 4, "the cat")
+    assert want == ran(capsys, "generate", "--max-new-tokens", 4, adapter, "the cat")
+    for words in (("the cat", "--seed", 1, "sat"), ("--seed", 1, "the", "cat"), ("--sed", "x")):
+        with pytest.raises(SystemExit, match="2"):
+            main(["generate", str(adapter), *map(str, words)])
+        assert "unrecognized arguments" in capsys.readouterr().err
 
 
 def test_classifier_generates_nothing(capsys, tmp_path, base):
