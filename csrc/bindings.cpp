@@ -1,6 +1,7 @@
 // The only pybind11 module: one line per host entry, no logic.
 #include <torch/csrc/utils/pybind.h>
 
+#include "attention/attention_host.h"
 #include "cpu/amx_peak.h"
 #include "cpu/isa.h"
 #include "linear_cross_entropy/linear_cross_entropy_host.h"
@@ -19,6 +20,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("machine_isas", &cpu::machine_isa_names);
   m.def("set_isa_limit", &cpu::set_isa_limit, py::arg("name"));
   m.def("amx_peak_gflops", &cpu::amx_peak_gflops, py::arg("seconds"), py::arg("threads"), release());
+  m.def("attention_engine", &attention::engine_name, py::arg("dtype"));
+  m.def("attention_fwd", &attention::attention_fwd, release());
+  m.def("attention_bwd", &attention::attention_bwd, release());
   m.def("linear_cross_entropy_engine", &linear_cross_entropy::engine_name, py::arg("dtype"));
   m.def("linear_cross_entropy_rows", &linear_cross_entropy::losses_of_rows, release());
   m.def("lora_linear_engine", &lora_linear::engine_name, py::arg("dtype"));

@@ -1,0 +1,11 @@
+// attention for avx512: the multiply-add engine at 16 lanes.
+#define LK_LANES 16
+#define LK_MR 8
+
+#include "fma_engines.h"
+
+namespace lora_kernels::attention {
+
+const Engine* engine_avx512(Dtype dtype) { return fma_engine("avx512", dtype); }
+
+}  // namespace lora_kernels::attention
