@@ -10,6 +10,7 @@ enum Fault : int {
   kMissingBarrier = 2,  // a __syncthreads of the main loop left out
   kMissingWait = 3,     // cp.async waited for one group too few
   kShiftedMask = 4,     // dropout decided for the neighbouring row
+  kWindowEdge = 5,      // a query sees one key too many
 };
 
 }  // namespace lora_kernels::faults

@@ -1,0 +1,9 @@
+#include "key_gradients_sm80.cuh"
+
+namespace lora_kernels::attention::cuda {
+
+cudaError_t run_key_gradients_sm80_fp16(const BackwardParams& p, cudaStream_t stream) {
+  return run_key_gradients<fp16>(p, stream);
+}
+
+}  // namespace lora_kernels::attention::cuda

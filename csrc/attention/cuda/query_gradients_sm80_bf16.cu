@@ -1,0 +1,9 @@
+#include "query_gradients_sm80.cuh"
+
+namespace lora_kernels::attention::cuda {
+
+cudaError_t run_query_gradients_sm80_bf16(const BackwardParams& p, cudaStream_t stream) {
+  return run_query_gradients<bf16>(p, stream);
+}
+
+}  // namespace lora_kernels::attention::cuda

@@ -1,0 +1,3 @@
+// The host entry of attention on CPU tensors, its kernels in the emulator: library
+// lora_kernels_emulated.
+#include "attention/cuda/attention_cuda.cpp"
