@@ -27,6 +27,7 @@ _PUBLIC = {
     "apply": "lora_kernels.integrations.peft",
     "unapply": "lora_kernels.integrations.peft",
     "applied": "lora_kernels.integrations.peft",
+    "register_attention": "lora_kernels.integrations.transformers.attention",
     "env": "lora_kernels.environment",
     "explain": "lora_kernels.ops",
     "QuantTensor": "lora_kernels.ops.quant_linear",
@@ -51,6 +52,9 @@ if TYPE_CHECKING:
     from lora_kernels.integrations.peft import apply as apply
     from lora_kernels.integrations.peft import unapply as unapply
     from lora_kernels.integrations.transformers import QuantConfig as QuantConfig
+    from lora_kernels.integrations.transformers.attention import (
+        register_attention as register_attention,
+    )
     from lora_kernels.modules.adapter_io import load_adapter as load_adapter
     from lora_kernels.modules.adapter_io import save_adapter as save_adapter
     from lora_kernels.modules.lora_conv import LoRAConv1d as LoRAConv1d

@@ -62,6 +62,7 @@ _TABLE: dict[str, dict[str, Block]] = {
         "GPT2Attention": Block((("c_attn",),)),
         "GPT2MLP": Block((), mlp=Mlp("c_fc", "", "c_proj", "act", dropout="dropout")),
     },
+    "gpt_oss": {"GptOssAttention": _ATTENTION},
     "phi3": {
         "Phi3Attention": Block((("qkv_proj",),)),
         "Phi3MLP": Block(

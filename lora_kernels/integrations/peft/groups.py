@@ -10,7 +10,7 @@ from torch import nn
 from lora_kernels.integrations.peft import linear
 from lora_kernels.integrations.peft.quant_base import is_quantized
 from lora_kernels.modules import grouped_lora_linear
-from lora_kernels.modules.blocks import blocks_of, groups_of, row_of
+from lora_kernels.modules.blocks import blocks_of, groups_of, row_of, rows
 from lora_kernels.modules.grouped_lora_linear import GroupedLoRALinear
 from lora_kernels.modules.layer_group import LayerGroup, group_of
 from lora_kernels.modules.lora_linear import LoRALinear
@@ -162,14 +162,15 @@ def _dtypes(module: Any) -> tuple[object, ...]:
 
 
 def _unknown_blocks(model: nn.Module) -> list[dict[str, Any]]:
-    """Blocks with several adapted layers of one input size that the table does not have."""
+    """Blocks that the table does not have, with adapted layers of the names that it has."""
+    known = {name for row in rows().values() for group in row.groups for name in group}
     entries = []
     for path, block in model.named_modules():
         if row_of(type(block)) is not None or isinstance(block, (nn.ModuleList, nn.Sequential)):
             continue
         sizes: dict[int, list[str]] = {}
         for name, child in block._modules.items():
-            if child is not None and _is_adapted(child) and hasattr(child, "in_features"):
+            if name in known and child is not None and _is_adapted(child):
                 sizes.setdefault(child.in_features, []).append(name)
         for names in sizes.values():
             if len(names) > 1:

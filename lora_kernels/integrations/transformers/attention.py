@@ -1,0 +1,155 @@
+"""``attn_implementation="lora_kernels"``: transformers models on the attention op.
+
+transformers asks two registries, one for the attention and one for the mask that belongs to it. A
+name that only the first knows gets no mask at all, and padding is silently attended to; so both are
+registered, the mask being that of ``sdpa``: boolean, or None where it would say no more than
+``is_causal``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from lora_kernels.errors import InvalidArgumentError
+from lora_kernels.ops import attention
+
+NAME = "lora_kernels"
+
+# What transformers hands from the model's call down to every attention, without a meaning for it.
+# position_ids: rotary tables and the mask are made of them before.
+_NO_MEANING = frozenset({
+    "position_ids", "cache_position", "use_cache", "return_dict", "num_items_in_batch",
+    "output_hidden_states", "output_router_logits", "max_length_q", "max_length_k",
+    "position_embeddings", "logits_to_keep",
+})  # fmt: skip
+
+
+def register_attention() -> str:
+    """Make transformers know ``attn_implementation="lora_kernels"``; again does nothing.
+
+    For ``from_pretrained(..., attn_implementation="lora_kernels")`` and
+    ``model.set_attn_implementation("lora_kernels")``.
+
+    Returns:
+        The name, ``"lora_kernels"``.
+    """
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    return NAME
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """One attention of a model, as transformers calls it.
+
+    Args:
+        query, key, value: ``[B, H, S, D]``; key and value keep their own number of heads.
+        attention_mask: of ``sdpa_mask``, bool, or additive; None: causal if the module is.
+        sliding_window: counted in the mask already; where there is none, it reaches over all keys.
+        softcap, s_aux: of the scores; sinks ``[H]``.
+        position_bias: added to the scores, ``[1 or B, H, S, Sk]``; may require a gradient.
+        cu_seq_lens_q, cu_seq_lens_k: where the sequences of a packed batch of one begin.
+
+    Returns:
+        ``[B, S, H, D]`` contiguous, and None: weights are never made.
+
+    Raises:
+        InvalidArgumentError: an argument that would change the result and is not honoured.
+    """
+    _refuse(others)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    length = query.shape[2]
+    causal = bool(is_causal) and attention_mask is None and length > 1
+    if causal and key.shape[2] > length and cu_seq_lens_q is None:
+        # The empty end of a static cache: keys at the first positions are the ones there are.
+        key, value = key[:, :, :length], value[:, :, :length]
+        if position_bias is not None:
+            position_bias = position_bias[..., :length]
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    window = None
+    if causal and sliding_window is not None and sliding_window < length:
+        window = (sliding_window - 1, 0)
+    options: dict[str, Any] = {
+        "causal": causal, "scale": scaling, "window": window, "softcap": softcap, "sinks": s_aux,
+        "dropout_p": dropout,
+    }  # fmt: skip
+    if cu_seq_lens_q is not None:
+        packed = _packed(q, cu_seq_lens_q, cu_seq_lens_k)
+        if attention_mask is None and position_bias is None:
+            out = attention(
+                q[0], k[0], v[0], cu_seqlens=packed[0], cu_seqlens_k=packed[1], **options
+            )
+            assert isinstance(out, Tensor)
+            return out.unsqueeze(0), None
+        attention_mask = _with_segments(attention_mask, packed, length, k.shape[1])
+    mask = _with_bias(attention_mask, position_bias)
+    out = attention(q, k, v, attn_mask=mask, **options)
+    assert isinstance(out, Tensor)
+    return out, None
+
+
+def _refuse(others: dict[str, Any]) -> None:
+    for name, value in others.items():
+        if name in _NO_MEANING or value is None or value is False:
+            continue
+        hint = '; use attn_implementation="eager"' if name == "output_attentions" else ""
+        raise InvalidArgumentError(
+            f'attn_implementation="{NAME}" does not honour {name}={_short(value)}{hint}'
+        )
+
+
+def _short(value: Any) -> str:
+    return f"<{type(value).__name__}>" if hasattr(value, "shape") else repr(value)[:60]
+
+
+def _packed(q: Tensor, cu_q: Tensor, cu_k: Tensor | None) -> tuple[Tensor, Tensor]:
+    if q.shape[0] != 1:
+        raise InvalidArgumentError(
+            f"cu_seq_lens_q was given with a batch of {q.shape[0]}; accepted: packed into one row"
+        )
+    return cu_q, cu_q if cu_k is None else cu_k
+
+
+def _with_segments(
+    mask: Tensor | None, packed: tuple[Tensor, Tensor], queries: int, keys: int
+) -> Tensor:
+    """`mask` without what lies in another sequence."""
+    at = [
+        torch.bucketize(torch.arange(n, device=cu.device), cu[1:].long(), right=True)
+        for cu, n in zip(packed, (queries, keys), strict=True)
+    ]
+    same = (at[0].unsqueeze(1) == at[1].unsqueeze(0))[None, None]
+    if mask is None:
+        return same
+    if mask.dtype == torch.bool:
+        return mask & same
+    return mask.masked_fill(~same, float("-inf"))
+
+
+def _with_bias(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    if bias is None or mask is None:
+        return mask if bias is None else bias
+    if mask.dtype == torch.bool:
+        return bias.masked_fill(~mask, float("-inf"))
+    return bias + mask
