@@ -2,6 +2,9 @@
 // product is rounded, one last rounding to the result's type.
 #pragma once
 
+// GCC 12 takes the undefined operand of its own intrinsics for a variable that is not set.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+
 #include <algorithm>
 #include <type_traits>
 

@@ -3,6 +3,7 @@
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
 #include "../lora_linear/engine_amx.h"
+#include "tile_dx.h"
 #include "bwd.h"
 #include "quantize.h"
 #include "tile_fwd.h"

@@ -12,9 +12,6 @@
 // Right strip (32 rows): per step up to two tiles of [column pair][row][parity], `width` rows each.
 #pragma once
 
-// GCC 12 takes the undefined operand of its own intrinsics for a variable that is not set.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-
 #include <immintrin.h>
 
 #include "decode.h"

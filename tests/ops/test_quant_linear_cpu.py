@@ -177,26 +177,34 @@ def _oracle_bwd(dy, x, w, a, b, s, scaling, dropout_p, seed):
     return dx, ds.t() @ _dropped(x, dropout_p, seed), scaling * dy.t() @ s
 
 
-def test_long_rows_in_blocks(isa):
-    """Several blocks of columns and panels of rows, more rows than one chunk."""
-    spec = QuantSpec("nf4", "flat", (611, 1216), torch.float32, 64, 256)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "weight",
+    [
+        ("nf4", "flat", 611, 1216, 64, 256, False),
+        ("int8", "int8_row", 590, 1229, 64, 0, False),
+        ("int4", "gptq", 611, 1152, 128, 0, False),
+    ],
+    ids=lambda weight: weight[0],
+)
+def test_long_rows_in_blocks(isa, weight, dropout_p):
+    """Several blocks and panels in both directions, more rows than one chunk."""
+    fmt, layout, n, k, block, nested, _ = weight
+    spec = QuantSpec(fmt, layout, (n, k), torch.float32, block, nested)
     parts = reference.quantize(torch.randn(spec.shape), spec)
-    dtype = torch.bfloat16
-    x, dy, bias, a, b = operands(spec, 600, 16, dtype)
-    y, s = cpu.quant_linear_fwd(x, parts, spec, bias, a, b, 0.5, 0.0, None)
-    w = reference.dequantize(parts, spec, dtype).double()
-    y64, _ = _oracle_fwd(x.double(), w, bias.double(), a.double(), b.double(), 0.5, 0.0, None)
-    low, _ = reference.quant_linear_fwd(x, parts, spec, bias, a, b, 0.5, 0.0, None)
+    x, dy, bias, a, b = operands(spec, 600, 40, torch.bfloat16)
+    seed = torch.tensor([3]) if dropout_p else None
+    tail = (0.5, dropout_p, seed)
+    y, s = cpu.quant_linear_fwd(x, parts, spec, bias, a, b, *tail)
+    w = reference.dequantize(parts, spec, torch.bfloat16).double()
+    x64, dy64, bias64, a64, b64, s64 = (t.double() for t in (x, dy, bias, a, b, s))
+    y64, _ = _oracle_fwd(x64, w, bias64, a64, b64, *tail)
+    low, _ = reference.quant_linear_fwd(x, parts, spec, bias, a, b, *tail)
     assert_within_budget(y, y64, low, "y")
-    dx, _, _ = cpu.quant_linear_bwd(
-        dy, None, parts, spec, a, b, s, 0.5, 0.0, None, True, False, False
-    )
-    low_dx, _, _ = reference.quant_linear_bwd(
-        dy, x, parts, spec, a, b, s, 0.5, 0.0, None, True, False, False
-    )
-    dx64, _, _ = _oracle_bwd(
-        dy.double(), x.double(), w, a.double(), b.double(), s.double(), 0.5, 0.0, None
-    )
+    flags = (True, False, False)
+    dx, _, _ = cpu.quant_linear_bwd(dy, None, parts, spec, a, b, s, *tail, *flags)
+    low_dx, _, _ = reference.quant_linear_bwd(dy, x, parts, spec, a, b, s, *tail, *flags)
+    dx64, _, _ = _oracle_bwd(dy64, x64, w, a64, b64, s64, *tail)
     assert_within_budget(dx, dx64, low_dx, "dx")
 
 

@@ -1,0 +1,125 @@
+// Y^T for many rows of X: panels of W by chunks of X, in blocks of columns.
+//
+// For each panel of 256 rows of W, each chunk of 512 rows of X, each block of 512 columns: the tiles
+// of panel x chunk, a strip of X in L1, the block of the panel in L2 (256 KB), fp32 sums in L2
+// (512 KB) until the last block. While one block is multiplied, the tile unit being busy and the
+// vector units not, the next block of W is decoded, the next strip of X fetched and the last tile
+// converted and stored. Where X has more rows than a chunk the decoded panel is kept for the others.
+// Bytes: codes of W once; X once per panel.
+#pragma once
+
+#include "tile_beside.h"
+#include "tile_operands.h"
+
+namespace lora_kernels::quant_linear {
+namespace {
+
+// Decodes a block of a panel in units of 16 rows x 64 columns.
+class BlockDecoder {
+ public:
+  BlockDecoder(const Weight& w, float* scales) : rows_(w), scales_(scales) {}
+
+  // Strips [i0, i1) of W, groups [g0, g1), as left strips at dst.
+  void begin(int64_t i0, int64_t i1, int64_t g0, int64_t g1, bf16* dst) {
+    strip_ = i0;
+    strips_end_ = i1;
+    g0_ = g_ = g0;
+    g1_ = g1;
+    half_ = 0;
+    dst_ = dst;
+  }
+  int64_t units() const {
+    const int64_t strips = strips_end_ - strip_;
+    return strips <= 0 ? 0 : (strips * (g1_ - g0_) - (g_ - g0_)) * 2 - half_;
+  }
+  void step() {
+    if (g_ == g0_ && half_ == 0) rows_.begin(strip_ * kStrip, g0_, g1_, scales_);
+    rows_.tiles(half_, g_, dst_ + half_ * kTile, kStepTiles, rows_.next_strip());
+    if (++half_ < 2) return;
+    half_ = 0;
+    dst_ += kGroupSteps * kStepTiles;
+    if (++g_ < g1_) return;
+    g_ = g0_;
+    ++strip_;
+  }
+  void finish() {
+    while (units() > 0) step();
+  }
+
+ private:
+  WeightRows rows_;
+  float* scales_;
+  int64_t strip_ = 0, strips_end_ = 0, g0_ = 0, g1_ = 0, g_ = 0, half_ = 0;
+  bf16* dst_ = nullptr;
+};
+
+inline void multiply_panels(const FwdParams& p, const TileShared& shared, const TileOwn& own,
+                            Span strips) {
+  const bool stream = p.m * p.ldy * 2 >= (int64_t{1} << 20) && p.ldy % 32 == 0 &&
+                      reinterpret_cast<uintptr_t>(p.y) % 64 == 0;
+  const bool unscaled = WeightRows(*p.weight).unscaled();
+  PendingTile pending(p, unscaled, stream);
+  BlockDecoder decoder(*p.weight, own.scales);
+  const auto slot = [&](int64_t block) { return own.w + block % own.slots * own.block_elements(); };
+  const auto begin_decoding = [&](int64_t i0, int64_t b, int64_t block) {
+    decoder.begin(i0, std::min(i0 + own.panel, strips.end), b * kBlockGroups,
+                  std::min((b + 1) * kBlockGroups, shared.groups), slot(block));
+  };
+  if (strips.begin < strips.end) {
+    begin_decoding(strips.begin, 0, 0);
+    decoder.finish();
+  }
+  int64_t panel_block = 0;  // blocks of all panels before
+  for (int64_t i0 = strips.begin; i0 < strips.end; i0 += own.panel, panel_block += own.blocks) {
+    const int64_t i1 = std::min(i0 + own.panel, strips.end);
+    for (int64_t j0 = 0; j0 < shared.x_strips; j0 += kChunkStrips) {
+      const int64_t j1 = std::min(j0 + kChunkStrips, shared.x_strips);
+      for (int64_t b = 0; b < own.blocks; ++b) {
+        const int64_t g0 = b * kBlockGroups, g1 = std::min(g0 + kBlockGroups, shared.groups);
+        const int64_t steps = (g1 - g0) * kGroupSteps, elements = steps * kStepTiles;
+        const bf16* w = slot(panel_block + b);
+        const bool last = b + 1 == own.blocks;
+        if (!last && j0 == 0) begin_decoding(i0, b + 1, panel_block + b + 1);
+        if (last && j1 == shared.x_strips && i1 < strips.end) {
+          begin_decoding(i1, 0, panel_block + own.blocks);
+        }
+        int64_t tiles = (j1 - j0) * (i1 - i0);
+        for (int64_t j = j0; j < j1; ++j) {
+          const bf16* x = shared.x + j * shared.x_stride() + g0 * kGroupSteps * kStepTiles;
+          // The strip of X after this one, or the first of the block after this one.
+          const bf16* next = j + 1 < j1 ? x + shared.x_stride()
+                                        : (last ? shared.x + j0 * shared.x_stride()
+                                                : shared.x + j0 * shared.x_stride() +
+                                                      g1 * kGroupSteps * kStepTiles);
+          const int64_t slice = round_up(elements / (i1 - i0), 32);
+          for (int64_t i = i0; i < i1; ++i, --tiles) {
+            float* sum = own.sums + ((j - j0) * own.panel + (i - i0)) * kStrip * kStrip;
+            const int64_t decode = (decoder.units() + tiles - 1) / tiles;
+            Beside beside(pending, decoder, decode, steps, next + (i - i0) * slice, slice);
+            with_shape(p.weight->n - i * kStrip, p.m - j * kStrip,
+                       [&](auto two_rows, auto two_columns) {
+                         constexpr bool R = decltype(two_rows)::value;
+                         constexpr bool C = decltype(two_columns)::value;
+                         b == 0 ? zero_tiles<R, C>() : load_tiles<R, C>(sum);
+                         add_products<R, C>(w + (i - i0) * elements, x, steps, shared.width, beside);
+                         beside.finish();
+                         if (last) {
+                           finish_tile<R, C>(p, shared, unscaled, i, j, sum, own.update);
+                         } else {
+                           store_tiles<R, C>(sum);
+                         }
+                       });
+            if (last) {
+              pending.set(sum, p.rank > 0 ? own.update : nullptr, i * kStrip, j * kStrip);
+            }
+          }
+        }
+        decoder.finish();
+      }
+    }
+  }
+  pending.flush();
+}
+
+}  // namespace
+}  // namespace lora_kernels::quant_linear
