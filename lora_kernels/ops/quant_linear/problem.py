@@ -18,7 +18,7 @@ from lora_kernels.ops import _dispatch, _evidence
 from lora_kernels.ops.quant_linear import formats
 from lora_kernels.ops.quant_linear.formats import FLOATS, QuantSpec, parts_of
 
-BACKENDS = ("reference", "aten", "cpu", "triton")
+BACKENDS = ("reference", "aten", "cpu", "triton", "cuda")
 # Names that quantize and explain take, and the (format, layout) they stand for.
 FORMAT_NAMES: dict[str, tuple[str, str]] = {
     "nf4": ("nf4", formats.FLAT),
@@ -125,8 +125,8 @@ def _cpu() -> tuple[ModuleType | None, str]:
 
 
 @functools.cache
-def _triton() -> ModuleType:
-    return importlib.import_module("lora_kernels.ops.quant_linear.triton")
+def _gpu(backend: str) -> ModuleType:
+    return importlib.import_module(f"lora_kernels.ops.quant_linear.{backend}")
 
 
 def supports(backend: str, problem: QuantLinearProblem) -> tuple[bool, str]:
@@ -138,8 +138,8 @@ def supports(backend: str, problem: QuantLinearProblem) -> tuple[bool, str]:
     if backend == "cpu":
         module, why = _cpu()
         return (False, why) if module is None else module.supports(problem)
-    if backend == "triton":
-        able, why = _triton().supports(problem)
+    if backend in ("triton", "cuda"):
+        able, why = _gpu(backend).supports(problem)
         return bool(able), str(why)
     return False, f"quant_linear has no {backend} kernels"
 
