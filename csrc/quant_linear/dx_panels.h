@@ -62,7 +62,7 @@ class DxPass {
     for (float*& tile : tail.tiles) tile = arena.take<float>(E::MR * E::NR);
     const bool drops = p.rank > 0 && p.dropout.threshold != 0;
     lora_tile = arena.take<float>(drops ? E::MR * E::NR : 0);
-    for (float*& tile : extra) tile = arena.take<float>(drops ? E::MR * E::NR : 0);
+    for (float*& tile : extras) tile = arena.take<float>(drops ? E::MR * E::NR : 0);
   }
   void run(const BwdParams& p, const BwdShared<E>& shared, int thread, int threads);
 
@@ -72,7 +72,7 @@ class DxPass {
   int64_t panel_strips, chunk;
   typename E::T* rows;
   typename E::TB* panel;
-  float *sums, *lora_tile, *extra[2];
+  float *sums, *lora_tile, *extras[2];
   typename E::Tail tail;
 };
 
@@ -135,7 +135,7 @@ void DxPass<E>::run(const BwdParams& p, const BwdShared<E>& shared, int thread, 
                           nullptr,
                           stream};
             if (drops) {
-              float* extra = extra[parity ^= 1];
+              float* extra = extras[parity ^= 1];
               const int64_t width = strip_width<E>(k, column);
               std::fill(extra, extra + E::MR * E::NR, 0.0f);
               const Segment<E> lora{shared.ds + row * shared.rk, shared.a + column * shared.rk,
