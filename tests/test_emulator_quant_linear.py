@@ -1,0 +1,295 @@
+"""The CUDA kernels of quant_linear and their host entry on the CPU, in the emulator; no GPU.
+
+Dequantization has to give the bits of the reference, products the error budget around the fp64
+product with the dequantized weight.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from emulated_host_entry import LARGE
+from emulated_quant_linear import FORMATS, install, shuffled_groups, weight
+from torch import Tensor
+
+from lora_kernels.ops import dequantize, quant_linear, quantize
+from lora_kernels.ops.quant_linear import QuantTensor, cuda, formats, problem, reference
+from lora_kernels.testing import (
+    BudgetExceededError,
+    check_quant_linear,
+    poisoned_empty,
+    quant_linear_inputs,
+    quant_linear_op,
+)
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SEEDS = (0, 1, 7)
+FAULTS = {"fragment_order": 1, "missing_barrier": 2, "missing_wait": 3, "shifted_mask": 4}
+CHECKED = tuple(name for name in FORMATS if name != "int4_v1")  # those that quantize makes
+
+
+@pytest.fixture(autouse=True)
+def emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
+    dll = install(monkeypatch)
+    yield dll
+    dll.lk_options(0, 0, LARGE)
+    problem._choose.cache_clear()
+
+
+def check(*args, seeds=(0,), needs="xabc", dll=None, **kwargs) -> None:
+    for seed in seeds:
+        if dll is not None:
+            dll.lk_options(seed, 0, LARGE)
+        with poisoned_empty():
+            check_quant_linear(quant_linear_inputs(*args, **kwargs), "cuda", needs)
+
+
+def same_bits(q: QuantTensor) -> None:
+    for dtype in (FP32, BF16, FP16):
+        with poisoned_empty():
+            got = dequantize(q, dtype=dtype, backend="cuda")
+        want = reference.dequantize(q.parts, q.spec, dtype)
+        assert got.shape == want.shape and got.dtype == dtype
+        # Bits, where neither is NaN: whose payload is nobody's business.
+        assert torch.equal(torch.isnan(got), torch.isnan(want))
+        integer = torch.int32 if dtype == FP32 else torch.int16
+        assert torch.equal(*(t.nan_to_num(0.0).view(integer) for t in (got, want)))
+
+
+@pytest.mark.parametrize("shape", [(3, 32), (33, 96), (70, 160), (17, 45), (1, 1)], ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_dequantize_bits(name, shape):
+    same_bits(weight(*shape, name, block_size=32))
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("block_size", [64, 4096])
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_dequantize_flat_blocks(name, block_size, double_quant):
+    """More than one block of nested statistics, more than one block of the grid, odd tails."""
+    same_bits(weight(131, 129, name, block_size, double_quant))
+
+
+def test_dequantize_other_shapes():
+    for shape in [(5,), (2, 3, 7)]:
+        w = torch.randn(shape)
+        same_bits(quantize(w, "nf4", 32))
+
+
+def test_dequantize_every_code():
+    codes = torch.arange(256, dtype=torch.uint8)
+    scale = torch.tensor([0.37])
+    for layout, packed in [
+        (formats.INT8_ROW, codes.view(torch.int8)),
+        (formats.FP8_ROW, codes.view(torch.float8_e4m3fn)),
+    ]:
+        kind = "int8" if layout == formats.INT8_ROW else "fp8"
+        spec = replace(weight(1, 256, kind if kind == "int8" else "fp8_row").spec, layout=layout)
+        same_bits(QuantTensor(spec, (packed.view(1, 256), scale)))
+    for kind in ("nf4", "fp4"):
+        q = weight(8, 64, kind, 64, False)
+        same_bits(QuantTensor(q.spec, (codes, *q.parts[1:])))
+
+
+@pytest.mark.parametrize("name", ["int4", "int4_v1"])
+def test_dequantize_act_order(name):
+    same_bits(shuffled_groups(weight(21, 150, name, 16)))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_dequantize_misaligned_parts(name):
+    """Parts that are slices of a larger buffer, as those of a flattened parameter are."""
+    q = weight(40, 96, name, 32)
+    moved = []
+    for t in q.parts:
+        room = torch.empty(t.numel() + 1, dtype=t.dtype)
+        moved.append(room[1:].view(t.shape).copy_(t))
+    shifted = QuantTensor(q.spec, tuple(moved))
+    same_bits(shifted)
+    x = torch.randn(5, 96).to(BF16)
+    want = quant_linear(x, q, backend="cuda")
+    assert torch.equal(quant_linear(x, shifted, backend="cuda"), want)
+
+
+@pytest.mark.parametrize("rows", [16, 32], ids=["few rows", "more rows"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_identity_gives_the_weight(name, rows):
+    """Each product has one term: whatever code, statistic or column is misplaced shows."""
+    q = weight(150, 32 * 5, name, 32)
+    w = reference.dequantize(q.parts, q.spec, BF16)
+    for first in range(0, 160, rows):
+        x = torch.eye(160, dtype=BF16)[first : first + rows]
+        assert not cuda.skinny_reason(q.spec, rows)
+        with poisoned_empty():
+            got = quant_linear(x, q, backend="cuda")
+        assert torch.equal(got, w.t()[first : first + rows])
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("name", CHECKED)
+def test_products(name, dtype, emulator):
+    block = {} if name in ("int8", "fp8_row", "fp8_tensor") else {"block_size": 32}
+    check(5, 160, 70, 0, dtype, format=name, needs="", dll=emulator, seeds=SEEDS, **block)
+    check(33, 96, 150, 0, dtype, format=name, needs="x", **block)
+
+
+@pytest.mark.parametrize("M", [1, 7, 8, 9, 16, 17, 33, 65, 127, 128, 129])
+def test_rows(M):
+    check(M, 64, 40, 4, BF16, needs="")
+
+
+@pytest.mark.parametrize("rank", [1, 5, 8, 24, 100])
+def test_ranks(rank):
+    check(6, 96, 70, rank, BF16, needs="xab")
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("name", ["nf4", "int8", "int4"])
+def test_adapter_and_dropout(name, dropout_p):
+    check((2, 9), 160, 72, 8, FP16, format=name, dropout_p=dropout_p)
+
+
+@pytest.mark.parametrize("adapter_dtype", [FP32, torch.float64], ids=str)
+def test_wider_adapters(adapter_dtype):
+    i = quant_linear_inputs(9, 64, 40, 8, BF16, adapter_dtype=adapter_dtype)
+    check_quant_linear(i, "cuda", "xab")
+    result = quant_linear_op(i, "cuda", "ab")
+    assert {t.dtype for t in (*result.das, *result.dbs)} == {adapter_dtype}
+
+
+@pytest.mark.parametrize("layout", ["sliced", "strided", "permuted", "misaligned"])
+def test_layouts(layout):
+    check(11, 64, 40, 5, BF16, layout=layout, needs="xab")
+
+
+@pytest.mark.parametrize("K", [33, 45], ids=str)
+def test_columns_that_are_dequantized_first(K):
+    assert "no multiple of 32" in cuda.skinny_reason(weight(4, K, "nf4", 32).spec, 1)
+    check(5, K, 24, 3, BF16)
+    check(5, K, 24, 0, BF16, needs="x")
+
+
+def test_act_order_is_dequantized_first():
+    q = shuffled_groups(weight(24, 64, "int4", 32))
+    assert cuda.skinny_reason(q.spec, 1) == "act-order groups"
+    x = torch.eye(64, dtype=BF16)
+    w = reference.dequantize(q.parts, q.spec, BF16)
+    assert torch.equal(quant_linear(x, q, backend="cuda"), w.t())
+
+
+@pytest.mark.parametrize("needs", ["x", "a", "b", "ab", "xb", "c"])
+def test_subsets_of_gradients(needs):
+    check(9, 64, 40, 8, BF16, needs=needs)
+
+
+def _rows_alone(q: QuantTensor, x: Tensor, a: Tensor, b: Tensor, rows: int) -> list[Tensor]:
+    """Y and S of `rows` rows at a time."""
+    parts = [
+        cuda.quant_linear_fwd(part, q.parts, q.spec, None, a, b, 0.5, 0.0, None)
+        for part in x.split(rows)
+    ]
+    return [torch.cat(t) for t in zip(*parts, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8", "int4_awq"])
+@pytest.mark.parametrize(("most", "rows"), [(16, (1, 3, 9, 16)), (128, (17, 34, 64, 128))])
+def test_rows_do_not_depend_on_each_other(name, most, rows):
+    """K is split between blocks here; the split must not depend on the rows either."""
+    torch.manual_seed(0)
+    q = weight(48, 1056, name, 32)
+    x = torch.randn(most, 1056).to(BF16)
+    a, b = torch.randn(6, 1056).to(BF16), torch.randn(48, 6).to(BF16)
+    y, s = cuda.quant_linear_fwd(x, q.parts, q.spec, None, a, b, 0.5, 0.0, None)
+    for some in rows:
+        whole = most // some * some
+        got = _rows_alone(q, x[:whole], a, b, some)
+        assert torch.equal(got[0], y[:whole]) and torch.equal(got[1], s[:whole]), some
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp8_row", "int4"])
+def test_same_bits_in_every_schedule(name, emulator):
+    q = weight(80, 1056, name, 32)
+    x = torch.randn(19, 1056).to(BF16)
+    first = quant_linear(x, q, backend="cuda")
+    for seed in SEEDS[1:]:
+        emulator.lk_options(seed, 0, LARGE)
+        assert torch.equal(quant_linear(x, q, backend="cuda"), first)
+
+
+@pytest.mark.parametrize("rows", [5, 40])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_found(fault, rows, emulator):
+    inputs = quant_linear_inputs(rows, 1056, 70, 8, BF16, dropout_p=0.25)
+    check_quant_linear(inputs, "cuda", "")
+    for seed in SEEDS:
+        emulator.lk_options(seed, FAULTS[fault], LARGE)
+        with pytest.raises(BudgetExceededError):
+            check_quant_linear(inputs, "cuda", "")
+
+
+@pytest.mark.parametrize("what", ["scaling", "adapter", "offset"])
+def test_a_wrong_entry_is_noticed(what, monkeypatch):
+    """The control: another scaling, no adapter, other statistics must exceed the budget."""
+    right = cuda._operator("quant_linear_fwd")
+
+    def wrong(x, parts, *rest):
+        rest = list(rest)
+        if what == "scaling":
+            rest[9] *= 1.1
+        elif what == "adapter":
+            rest[8] = torch.zeros_like(rest[8])
+        else:
+            parts = [*parts[:5], parts[5] * 1.1]
+        return right(x, parts, *rest)
+
+    monkeypatch.setattr(cuda, "_operator", lambda _: wrong)
+    with pytest.raises(BudgetExceededError):
+        check(9, 128, 40, 8, BF16, needs="")
+
+
+def test_devices_with_little_shared_memory(emulator):
+    emulator.lk_options(0, 0, 99 << 10)
+    for name in ("nf4", "int8", "int4"):
+        x, q = torch.eye(64, dtype=BF16), weight(40, 64, name, 32)
+        w = reference.dequantize(q.parts, q.spec, BF16)
+        assert torch.equal(quant_linear(x, q, backend="cuda"), w.t())
+
+
+def test_reads_of_x_have_no_bank_conflicts():
+    """The offsets of skinny_gemm.cuh in Python: eight lanes, eight different 16-byte banks."""
+    for pair in range(4):
+        for phase in range(4):
+            banks = set()
+            for lane in range(8 * phase, 8 * phase + 8):
+                row, chunk = lane // 4, 4 * (lane % 4) + pair
+                banks.add((16 * row + (chunk ^ (chunk >> 3 | (row & 1) << 1))) % 8)
+            assert len(banks) == 8
+
+
+def test_what_the_entry_refuses(emulator):
+    q, x = weight(24, 64, "nf4", 32), torch.zeros(3, 64, dtype=BF16)
+    entry = cuda._operator("quant_linear_fwd")
+    good = [x, *cuda._weight(q.parts, q.spec), None, None, None, 1.0, 1.0, 0, None]
+
+    def refused(position: int, value: object, message: str) -> None:
+        changed = [*good[:position], value, *good[position + 1 :]]
+        with pytest.raises(RuntimeError, match=message):
+            entry(*changed)
+
+    entry(*good)
+    refused(0, torch.zeros(3, 32, dtype=BF16), "another number of columns")
+    refused(0, torch.zeros(129, 64, dtype=BF16), r"rows are not in 0\.\.128")
+    refused(0, x.float(), "dtype is not supported")
+    refused(1, list(q.parts[:2]), "parts are missing")
+    refused(1, [q.parts[0][:-1], *q.parts[1:]], "another shape")
+    refused(1, [q.parts[0], q.parts[1].float(), *q.parts[2:]], "another dtype")
+    refused(2, "gguf", "layout 'gguf' is unknown")
+    refused(5, 48, "no power of two")
+    refused(8, torch.zeros(23), "the bias has another length")
+    refused(9, torch.zeros(4, 64, dtype=BF16), "one of lora_a and lora_b is missing")
+    with pytest.raises(RuntimeError, match="dtype is not 0, 1 or 2"):
+        cuda._operator("quant_dequantize")(*cuda._weight(q.parts, q.spec), 3)
