@@ -9,6 +9,9 @@ import torch
 
 from lora_kernels.ops.attention import capabilities
 
+# Kernels that need a GPU; tests/triton and the emulator run them without one.
+ON_GPU = ("triton", "cuda")
+
 # Feature -> arguments of attention_inputs that use it. `varlen` leaves out what it excludes.
 CASES: dict[str, dict[str, Any]] = {
     "causal": {"causal": True},

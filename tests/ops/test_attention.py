@@ -19,7 +19,7 @@ from lora_kernels.testing import (
     check_attention,
 )
 from lora_kernels.testing.attention import compare_attention
-from tests.ops.attention_cases import CASES, force_path, together
+from tests.ops.attention_cases import CASES, ON_GPU, force_path, together
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EVERYTHING = {
@@ -33,7 +33,7 @@ EVERYTHING = {
 NO_CANCELLATION = ("v",)
 
 
-@pytest.fixture(params=capabilities.COLUMNS)
+@pytest.fixture(params=[c for c in capabilities.COLUMNS if c not in ON_GPU])
 def column(request, monkeypatch) -> str:
     """A column of the table; `bands` and `blocked` are aten made to take that path if it can."""
     if request.param in ("bands", "blocked"):

@@ -60,8 +60,8 @@ def attention(
         return_lse: also return the log-sum-exp of the scores, the sink's term included.
         deterministic: True: the same bits from run to run. Every backend keeps to it; False
             allows what none of them needs.
-        backend: None or ``auto``, ``reference``, ``aten``. A backend asked for by name never
-            falls back.
+        backend: None or ``auto``, ``reference``, ``aten``, ``triton``. A backend asked for by name
+            never falls back.
 
     Under ``torch.autocast`` q, k and v are converted to the autocast dtype.
 

@@ -33,6 +33,7 @@ COLUMNS: dict[str, str] = {
     "sdpa": "`aten`, SDPA path",
     "bands": "`aten`, SDPA in bands",
     "blocked": "`aten`, blocked path",
+    "triton": "`triton`",
 }
 
 _SDPA_LACKS: dict[str, str] = {
@@ -49,6 +50,10 @@ _SDPA_LACKS: dict[str, str] = {
     "gpu": "only SDPA's CPU kernel is called with its log-sum-exp",
 }
 
+_TRITON_LACKS: dict[str, str] = {
+    "float64": "scores and sums are fp32 in the kernels",
+}
+
 # What a mask for some rows at a time makes up for.
 _BANDS_HAVE = ("causal_unequal", "window", "masked_causal")
 
@@ -59,6 +64,7 @@ TABLE: dict[str, dict[str, bool | str]] = {
         name: name in _BANDS_HAVE or _SDPA_LACKS.get(name, True) for name in (*FEATURES, "gpu")
     },
     "blocked": dict.fromkeys(FEATURES, True),
+    "triton": {name: _TRITON_LACKS.get(name, True) for name in FEATURES},
 }
 
 

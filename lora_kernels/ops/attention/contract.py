@@ -70,7 +70,7 @@ def _fwd(
         q, k, v, sinks, attn_mask, cu_seqlens, alibi_slopes, reach, softcap, dropout_p
     )  # fmt: skip
     with torch.autocast(q.device.type, enabled=False):
-        return launcher(p, backend).attention_fwd(
+        return launcher(p, backend, "fwd").attention_fwd(
             q, k, v, sinks, attn_mask, cu_seqlens, cu_seqlens_k, alibi_slopes, seed, scale,
             reach, softcap, dropout_p, deterministic,
         )  # fmt: skip
@@ -90,7 +90,7 @@ def _bwd(
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens
     with torch.autocast(q.device.type, enabled=False):
-        grads = launcher(p, backend).attention_bwd(
+        grads = launcher(p, backend, "bwd").attention_bwd(
             dout, dlse, out, lse, q, k, v, sinks, attn_mask, cu_seqlens, cu_seqlens_k,
             alibi_slopes, seed, scale, reach, softcap, dropout_p, deterministic, needs,
         )  # fmt: skip

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from lora_kernels.errors import InvalidArgumentError
-from lora_kernels.ops import _dispatch
+from lora_kernels.ops import _dispatch, _evidence
 from lora_kernels.ops.attention import capabilities
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BACKENDS = ("reference", "aten")
+BACKENDS = ("reference", "aten", "triton")
 MASKS = ("", "bool", "additive")
 OP = "attention"
 
@@ -128,17 +128,23 @@ def supports(backend: str, problem: AttentionProblem) -> tuple[bool, str]:
         return True, "plain PyTorch, all scores at once"
     if backend == "aten":
         return True, capabilities.aten_path(problem.features())[1]
+    if backend in BACKENDS:
+        return importlib.import_module(f"lora_kernels.ops.{OP}.{backend}").supports(problem)
     return False, f"{OP} has no {backend} kernels"
 
 
-def choose(problem: AttentionProblem, requested: str | None = None) -> tuple[str, str]:
-    """(backend, reason) that would run `problem`."""
+def choose(
+    problem: AttentionProblem, requested: str | None = None, direction: str = "fwd"
+) -> tuple[str, str]:
+    """(backend, reason) that would run `problem` in one direction, ``fwd`` or ``bwd``."""
     name = _dispatch.requested_backend(requested)
+    if name == "auto" and problem.device != "cpu":
+        return _evidence.choose(OP, BACKENDS, problem, direction, supports)
     return _dispatch.resolve(OP, name, ("aten",), lambda b: supports(b, problem))
 
 
-def launcher(problem: AttentionProblem, requested: str) -> ModuleType:
-    name, _ = choose(problem, requested)
+def launcher(problem: AttentionProblem, requested: str, direction: str) -> ModuleType:
+    name, _ = choose(problem, requested, direction)
     return importlib.import_module(f"lora_kernels.ops.{OP}.{name}")
 
 
