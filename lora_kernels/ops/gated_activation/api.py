@@ -23,8 +23,8 @@ def gated_activation(
         backend: None or ``auto``, ``reference``, ``aten``. A backend asked for by name never
             falls back.
 
-    The computation is in fp32 (fp64 for fp64) and rounded once, also under ``torch.autocast``.
-    Differentiable once; the backward computes the activation again.
+    Computed in the dtype of gate, also under ``torch.autocast``; where a backend rounds is in the
+    op's README. Differentiable once; the backward computes the activation again.
 
     Returns:
         A contiguous tensor in the shape and dtype of gate.

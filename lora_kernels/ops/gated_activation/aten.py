@@ -1,5 +1,7 @@
-"""gated_activation over library calls: as many rows at a time as their fp32 copies stay in the
-second-level cache of a CPU, so that memory is read and written once. Formulas: reference.py.
+"""gated_activation over library calls, in the dtype of gate: each rounds once, as in eager PyTorch.
+
+On the CPU some rows at a time, so that what lies between two calls is still in the second-level
+cache. Formulas: reference.py.
 """
 
 from __future__ import annotations
@@ -19,10 +21,6 @@ def _pieces(t: Tensor) -> Iterator[slice]:
     step = rows if t.device.type != "cpu" else max(1, _ELEMENTS // max(1, t.shape[1]))
     for begin in range(0, rows, max(1, step)):
         yield slice(begin, begin + step)
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t.to(torch.float64 if t.dtype == torch.float64 else torch.float32)
 
 
 def _act(g: Tensor, kind: str) -> Tensor:
@@ -50,8 +48,11 @@ def gated_activation_fwd(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
     """H [M, N] of gate and up [M, N]."""
     h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     for some in _pieces(gate):
-        part = _act(_wide(gate[some]), kind)
-        h[some] = part if up is None else part.mul_(up[some])
+        part = _act(gate[some], kind)
+        if up is None:
+            h[some] = part
+        else:
+            torch.mul(part, up[some], out=h[some])
     return h
 
 
@@ -62,10 +63,10 @@ def gated_activation_bwd(
     dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     dup = None if up is None else torch.empty_like(dgate)
     for some in _pieces(gate):
-        g, d = _wide(gate[some]), _wide(dh[some])
+        g, d = gate[some], dh[some]
         if up is None or dup is None:
             dgate[some] = _slope(d, g, kind)
             continue
+        torch.mul(_act(g, kind), d, out=dup[some])
         dgate[some] = _slope(d * up[some], g, kind)
-        dup[some] = _act(g, kind).mul_(d)
     return dgate, dup
