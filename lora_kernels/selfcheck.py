@@ -49,12 +49,16 @@ def self_check(op: str, backend: str) -> str:
     return "ok"
 
 
+def _device(backend: str) -> str:
+    return "cuda" if backend in GPU_BACKENDS and torch.cuda.is_available() else "cpu"
+
+
 def _lora_linear(backend: str) -> None:
     from lora_kernels.ops._registry import find
     from lora_kernels.testing import check_lora_linear, lora_linear_inputs
 
     spec = find("lora_linear")
-    device = "cuda" if backend in GPU_BACKENDS and torch.cuda.is_available() else "cpu"
+    device = _device(backend)
     shapes: dict[str, Any] = {"M": 70, "K": 96, "N": (80, 33), "rank": (8, 5)}
     for dtype in (torch.float32, torch.bfloat16):
         if not spec.supports(backend, spec.problem(**shapes, dtype=dtype, device=device))[0]:
@@ -66,12 +70,12 @@ def _lora_linear(backend: str) -> None:
 
 
 def _quant_linear(backend: str) -> None:
-    from lora_kernels.testing import check_quant_linear, quant_linear_inputs
+    from lora_kernels.testing import check_quant_linear, moved, quant_linear_inputs
 
     for name in ("nf4", "int8", "int4", "fp8"):
         for dtype, dropout_p in ((torch.float32, 0.25), (torch.bfloat16, 0.0)):
             inputs = quant_linear_inputs(70, 96, 81, 5, dtype, format=name, dropout_p=dropout_p)
-            check_quant_linear(inputs, backend)
+            check_quant_linear(moved(inputs, _device(backend)), backend)
 
 
 def _dora_linear(backend: str) -> None:
@@ -82,25 +86,26 @@ def _dora_linear(backend: str) -> None:
 
 
 def _linear_cross_entropy(backend: str) -> None:
-    from lora_kernels.testing import check_linear_cross_entropy, linear_cross_entropy_inputs
+    from lora_kernels.testing import (
+        check_linear_cross_entropy,
+        linear_cross_entropy_inputs,
+        moved,
+    )
 
     for dtype in (torch.float32, torch.bfloat16):
         inputs = linear_cross_entropy_inputs((70,), 96, 1001, 5, dtype, label_smoothing=0.1)
-        check_linear_cross_entropy(inputs, backend)
+        check_linear_cross_entropy(moved(inputs, _device(backend)), backend)
 
 
 def _attention(backend: str) -> None:
-    from lora_kernels.testing import attention_inputs, check_attention
+    from lora_kernels.testing import attention_inputs, check_attention, moved
 
     for dtype in (torch.float32, torch.bfloat16):
         plain: dict[str, Any] = {"S": 70, "Hk": 2, "dtype": dtype, "causal": True}
-        check_attention(attention_inputs(**plain), backend)
-        check_attention(
-            attention_inputs(
-                **plain, window=(40, 0), softcap=3.0, sinks=True, dropout_p=0.25, seed=7
-            ),
-            backend,
-        )
+        more: dict[str, Any] = {"window": (40, 0), "softcap": 3.0, "sinks": True}
+        more |= {"dropout_p": 0.25, "seed": 7}
+        for options in (plain, {**plain, **more}):
+            check_attention(moved(attention_inputs(**options), _device(backend)), backend)
 
 
 def _gated_activation(backend: str) -> None:
@@ -112,11 +117,12 @@ def _gated_activation(backend: str) -> None:
 
 
 def _rope(backend: str) -> None:
-    from lora_kernels.testing import check_rope, rope_inputs
+    from lora_kernels.testing import check_rope, moved, rope_inputs
 
     for dtype in (torch.float32, torch.bfloat16):
-        check_rope(rope_inputs((2, 70), R=12, tables="cache", dtype=dtype), backend)
-        check_rope(rope_inputs((70,), interleaved=True, dtype=dtype), backend)
+        partial = rope_inputs((2, 70), R=12, tables="cache", dtype=dtype)
+        for inputs in (partial, rope_inputs((70,), interleaved=True, dtype=dtype)):
+            check_rope(moved(inputs, _device(backend)), backend)
 
 
 _CHECKS: dict[str, Callable[[str], None]] = {

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from benchmarks.gpu_ops import ROWS
-from benchmarks.gpu_ops.row import FLOOR, GPU_BACKENDS, GpuOp, Run, Work, moved
+from benchmarks.gpu_ops.row import FLOOR, GPU_BACKENDS, GpuOp, Run, Work
 from benchmarks.peers import UnavailableError
 from benchmarks.timing import wall_clock
 from lora_kernels.ops import _evidence, _registry
-from lora_kernels.testing import BudgetExceededError
+from lora_kernels.testing import BudgetExceededError, moved
 from tests.test_gpu_check import TOP
 from tools.gpu_check import bench_part, parts, small_shapes
 

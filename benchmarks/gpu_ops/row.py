@@ -7,7 +7,7 @@ budget on the device, by the op's own oracle in fp64, before it is timed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,7 @@ from benchmarks import gpu
 from benchmarks.peers import UnavailableError
 from benchmarks.timing import Timed, Timing, measure
 from lora_kernels.ops import _evidence, _registry
-from lora_kernels.testing import BudgetExceededError
+from lora_kernels.testing import BudgetExceededError, moved
 
 FLOOR = "aten"
 GPU_BACKENDS = ("triton", "cuda")
@@ -129,19 +129,6 @@ class Run:
     modes: tuple[str, ...] = gpu.MODES
     count: tuple[str, ...] = gpu.MODES
     announce: Callable[[dict[str, Any] | None], None] = lambda row: None
-
-
-def moved(value: Any, device: str) -> Any:
-    """A copy of inputs with every tensor in it on the device; whatever has ``to`` is moved."""
-    if isinstance(value, Tensor) or (hasattr(value, "to") and not is_dataclass(value)):
-        return value.to(device)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(
-            value, **{f.name: moved(getattr(value, f.name), device) for f in fields(value)}
-        )
-    if isinstance(value, (list, tuple)):
-        return type(value)(moved(v, device) for v in value)
-    return {k: moved(v, device) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 class Timer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -51,3 +52,47 @@ def architecture(index: int) -> tuple[str, int, int]:
         name = f"sm_{found.major}{found.minor}"
     shared = int(getattr(found, "shared_memory_per_block_optin", 0))
     return name, found.multi_processor_count, shared
+
+
+def usable(device: str, index: int | None, tensor: str) -> tuple[bool, str]:
+    """Can kernels be launched on tensors of that device: ("Triton 3.6.0 kernels", or why not).
+
+    `tensor` is the name of the argument that messages speak of; `index` None: the current GPU.
+    """
+    module, reason = load()
+    if module is None:
+        return False, reason
+    if device == "cpu":
+        if not interpreting():
+            return False, (
+                f"{tensor} is on cpu; Triton kernels run there with TRITON_INTERPRET=1 only"
+            )
+        return True, f"the interpreter {module.__version__} kernels"
+    if device != "cuda":
+        return False, f"{tensor} is on {device}, the kernels work on cuda tensors"
+    if interpreting():
+        return False, "TRITON_INTERPRET=1 is set, which is for cpu tensors; unset it"
+    if not torch.cuda.is_available():
+        return False, "torch sees no GPU here"
+    name, _, _ = architecture(torch.cuda.current_device() if index is None else index)
+    if name.startswith("sm_") and int(name[3:]) < 80:
+        return False, f"{name} has no asynchronous copies and no bf16; sm_80 or newer is needed"
+    return True, f"Triton {module.__version__} kernels"
+
+
+def arithmetic(kernel: Any) -> AbstractContextManager[None]:
+    """Around launches: in the interpreter the arithmetic of a GPU, otherwise nothing."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    if not isinstance(kernel, InterpretedFunction):
+        return nullcontext()
+    from lora_kernels._backends import triton_interpreter
+
+    return triton_interpreter.exact()
+
+
+def on_device(t: torch.Tensor) -> AbstractContextManager[Any]:
+    """Around launches: Triton launches on the current device, and t need not be there."""
+    if not t.is_cuda or t.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(t.device)

@@ -30,6 +30,7 @@ from lora_kernels.testing.linear_cross_entropy import (
     linear_cross_entropy_inputs,
     linear_cross_entropy_op,
 )
+from lora_kernels.testing.moved import moved
 from lora_kernels.testing.oracle import LoraLinearResults, lora_linear_results, yardstick
 from lora_kernels.testing.poison import poisoned_empty
 from lora_kernels.testing.quant_linear import (
@@ -73,6 +74,7 @@ __all__ = [
     "lora_linear_inputs",
     "lora_linear_op",
     "lora_linear_results",
+    "moved",
     "poisoned_empty",
     "quant_linear_inputs",
     "quant_linear_op",

@@ -32,7 +32,7 @@ def _fwd(
     interleaved: bool, backend: str,
 ) -> list[Tensor]:  # fmt: skip
     validate.check_values(position_ids, cos.shape[0])
-    module = launcher(_problem(heads, cos, interleaved), backend)
+    module = launcher(_problem(heads, cos, interleaved), backend, "fwd")
     return [t.contiguous() for t in module.rope_fwd(heads, cos, sin, position_ids, interleaved)]
 
 
@@ -41,7 +41,7 @@ def _bwd(
     interleaved: bool, backend: str,
 ) -> list[Tensor]:  # fmt: skip
     validate.check_values(position_ids, cos.shape[0])
-    module = launcher(_problem(grads, cos, interleaved), backend)
+    module = launcher(_problem(grads, cos, interleaved), backend, "bwd")
     return [t.contiguous() for t in module.rope_bwd(grads, cos, sin, position_ids, interleaved)]
 
 

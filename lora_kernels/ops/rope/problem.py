@@ -9,10 +9,10 @@ from types import ModuleType
 import torch
 
 from lora_kernels.errors import InvalidArgumentError
-from lora_kernels.ops import _dispatch
+from lora_kernels.ops import _dispatch, _evidence
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BACKENDS = ("reference", "aten")
+BACKENDS = ("reference", "aten", "triton")
 OP = "rope"
 
 
@@ -29,6 +29,10 @@ class RopeProblem:
     interleaved: bool = False
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+
+    def evidence_key(self) -> _evidence.Key:
+        """A measurement speaks for its own size of heads alone."""
+        return _evidence.fields_key(self, exact=("D", "R"))
 
     @classmethod
     def from_shapes(cls, **shapes: object) -> RopeProblem:
@@ -61,17 +65,25 @@ def supports(backend: str, problem: RopeProblem) -> tuple[bool, str]:
         return True, "plain PyTorch, the rotated copy spelled out"
     if backend == "aten":
         return True, "element-wise library calls, no turned copy of the heads"
+    if backend == "triton":
+        from lora_kernels.ops.rope import triton
+
+        return triton.supports(problem)
     return False, f"{OP} has no {backend} kernels"
 
 
-def choose(problem: RopeProblem, requested: str | None = None) -> tuple[str, str]:
-    """(backend, reason) that would run `problem`."""
+def choose(
+    problem: RopeProblem, requested: str | None = None, direction: str = "fwd"
+) -> tuple[str, str]:
+    """(backend, reason) that would run `problem` in one direction, ``fwd`` or ``bwd``."""
     name = _dispatch.requested_backend(requested)
+    if name == "auto" and problem.device != "cpu":
+        return _evidence.choose(OP, BACKENDS, problem, direction, supports)
     return _dispatch.resolve(OP, name, ("aten",), lambda b: supports(b, problem))
 
 
-def launcher(problem: RopeProblem, requested: str) -> ModuleType:
-    name, _ = choose(problem, requested)
+def launcher(problem: RopeProblem, requested: str, direction: str) -> ModuleType:
+    name, _ = choose(problem, requested, direction)
     return importlib.import_module(f"lora_kernels.ops.{OP}.{name}")
 
 
