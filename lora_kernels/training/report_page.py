@@ -8,6 +8,11 @@ from lora_kernels.training.result import SPEEDS, run_name
 
 _FEW = 30
 _SAMPLES = 5
+_ASK = {
+    "classification": 'lora-kernels predict RUN_FOLDER "a text"',
+    "causal-lm": 'lora-kernels generate RUN_FOLDER "the beginning of a text"',
+    "question-answering": 'lora-kernels predict RUN_FOLDER "a question" --context @text.txt',
+}
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -53,7 +58,7 @@ def markdown(report: dict[str, Any]) -> str:
         "- `report.json`: every number of this page, the curves, the whole configuration\n"
         "- `log.jsonl`: every log entry of the training\n"
         "- `*.png`: the pictures above",
-        '```\nlora-kernels predict RUN_FOLDER "text..."\n```',
+        f"```\n{_ASK.get(report['task'], _ASK['classification'])}\n```",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -172,3 +172,33 @@ def test_loraplus_gives_b_its_own_rate(bert: Any) -> None:
 def test_loraplus_without_b_is_refused(bert: Any) -> None:
     with pytest.raises(ConfigError, match="lora_B"):
         loraplus_groups(prepared(bert, "method=full"), 1e-3, 4.0, 0.0, set())
+
+
+@pytest.mark.parametrize(
+    ("task", "overrides"),
+    [
+        ("classification", ["method=bitfit"]),
+        ("classification", ["method=freeze", "freeze.modules=[word_embeddings]"]),
+        ("classification", ["method=qlora", "lora.modules_to_save=[word_embeddings]"]),
+        ("causal-lm", ["method=qlora", "lora.modules_to_save=[embed_tokens]"]),
+        ("causal-lm", ["method=freeze", "freeze.modules=[embed_tokens]"]),
+    ],
+)  # fmt: skip
+def test_parts_that_train_in_fp32_fit_into_a_model_of_bf16(
+    tmp_path: Path, task: str, overrides: list[str]
+) -> None:
+    """Embeddings and norms, which autocast leaves alone; read back they answer the same."""
+    from lora_kernels.training import Predictor, finetune
+
+    write = write_llama if task == "causal-lm" else write_bert
+    model, data = write(tmp_path / "model"), write_data(task, tmp_path)
+    source = task_config(task, model, data, tmp_path / "run", max_steps=2)
+    result = finetune(source, [*overrides, "precision=bf16"], quiet=True)
+    before, after = result.report["metrics_before"]["loss"], result.report["metrics"]["loss"]
+    assert after != before
+    predictor = Predictor(tmp_path / "run")
+    parameters = dict(predictor.model.named_parameters())
+    assert {p.dtype for p in parameters.values() if p.is_floating_point()} == {
+        torch.float32, torch.bfloat16,
+    }  # fmt: skip
+    assert predictor(["anna visits rome"])

@@ -16,6 +16,7 @@ from lora_kernels.training.methods.module_names import (
     layer_list,
     under,
 )
+from lora_kernels.training.methods.wide_parameters import even_norms, pass_on, widen_trained
 from lora_kernels.training.tasks import Task
 
 FILE = "trained.safetensors"
@@ -39,12 +40,10 @@ def prepare(base: Base, task: Task, config: Config) -> Any:
         train = set(chosen)
     else:
         train = _unfrozen(model, config)
-    if config.precision != "bf16-weights":
-        for name, parameter in model.named_parameters():
-            if name in train or under(name, always):
-                parameter.data = parameter.data.float()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in train or under(name, always))
+    if config.precision != "bf16-weights":
+        widen_trained(model)
     if config.train.checkpointing:
         # Frozen embeddings give inputs without gradients, which a recomputed layer would not pass.
         model.enable_input_require_grads()
@@ -103,6 +102,9 @@ def attach(base: Base, folder: Path, saved: dict[str, Any]) -> Any:
     for name, value in trained.items():
         if name not in parameters or parameters[name].shape != value.shape:
             raise AdapterFileError(f"{folder / FILE} belongs to another model: {name}")
+        if value.dtype != parameters[name].dtype:
+            pass_on(base.model.get_submodule(name.rpartition(".")[0]), parameters[name].dtype)
         with torch.no_grad():
             parameters[name].data = value.to(parameters[name].device)
+    even_norms(base.model)
     return base.model

@@ -18,6 +18,7 @@ from lora_kernels.training.methods.module_names import (
     fresh_modules,
     head_names,
 )
+from lora_kernels.training.methods.wide_parameters import widen_trained
 from lora_kernels.training.tasks import Task
 
 NEEDED_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -70,9 +71,8 @@ def _replace(
     except InvalidArgumentError as e:
         raise ConfigError(f"method=qlora: {e}") from None
     check_rank(model, lora["r"])
-    for parameter in model.parameters():
-        if parameter.requires_grad and wide:
-            parameter.data = parameter.data.float()
+    if wide:
+        widen_trained(model)
     return [layer for layer in report.to_dict()["layers"] if layer["status"] == "fused"]
 
 
