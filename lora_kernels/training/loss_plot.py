@@ -48,7 +48,11 @@ def draw_losses(path: Path, report: dict[str, Any]) -> None:
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("cross-entropy loss")
     axes.set_xlim(left=0)
-    axes.set_ylim(0, 1.05 * axes.dataLim.y1)
+    low, high = axes.dataLim.y0, axes.dataLim.y1
+    if low < 0.5 * high:
+        axes.set_ylim(0, 1.05 * high)
+    else:  # a loss that falls by a tenth would be a flat line above an empty picture
+        axes.margins(y=0.1)
     axes.set_title(f"{report['model']} on {report['dataset']}", fontsize=10)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -129,6 +129,8 @@ def _metrics(report: dict[str, Any]) -> str:
 
 
 def _number(value: float | None) -> str:
+    if value is not None and value >= 1000:
+        return f"{value:,.0f}"
     return "-" if value is None else f"{value:.4g}"
 
 
