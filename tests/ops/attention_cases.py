@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from lora_kernels._backends import cpu
 from lora_kernels.ops.attention import capabilities
 
 # Kernels that need a GPU; tests/triton and the emulator run them without one.
@@ -48,6 +49,13 @@ def together(first: str, second: str) -> dict[str, Any] | None:
     if "mask_shape" in arguments and "Sk" in arguments:
         return None  # the shape names the number of keys
     return arguments
+
+
+def needs_library() -> None:
+    """Skips where the compiled CPU library is absent."""
+    module, reason = cpu.load()
+    if module is None:
+        pytest.skip(reason)
 
 
 def force_path(monkeypatch: pytest.MonkeyPatch, path: str) -> None:

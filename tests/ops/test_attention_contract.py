@@ -20,7 +20,7 @@ from lora_kernels.testing import (
     attention_op,
     check_attention,
 )
-from tests.ops.attention_cases import CASES, ON_GPU, force_path
+from tests.ops.attention_cases import CASES, ON_GPU, force_path, needs_library
 
 ROOT = Path(__file__).resolve().parents[2]
 FWD = torch.ops.lora_kernels.attention_fwd.default
@@ -29,6 +29,8 @@ BWD = torch.ops.lora_kernels.attention_bwd.default
 
 @pytest.fixture(params=[b for b in _registry.find("attention").backends if b not in ON_GPU])
 def backend(request) -> str:
+    if request.param == "cpu":
+        needs_library()
     return request.param
 
 
@@ -42,8 +44,14 @@ def test_every_feature_has_a_case():
 def test_every_answer_of_the_table(column, feature, monkeypatch):
     """A yes runs there, forward and backward, within the budget; a no goes elsewhere."""
     i = attention_inputs(**CASES[feature])
-    if column == "reference":
-        check_attention(i, "reference")
+    if column == "cpu":
+        needs_library()
+        if capabilities.TABLE[column][feature] is not True:
+            with pytest.raises(BackendUnavailableError, match=capabilities.TABLE[column][feature]):
+                attention_op(i, column)
+            return
+    if column in ("reference", "cpu"):
+        check_attention(i, column)
         return
     force_path(monkeypatch, column)
     took = set()
@@ -74,17 +82,21 @@ def test_the_page_has_the_table_of_the_code():
     assert tool.updated(page.replace("| bf16 | yes |", "| bf16 | no |")) == page
 
 
-def test_explain_says_which_path():
+def test_explain_says_which_path(monkeypatch):
     shapes = {"B": 1, "S": 64, "H": 4, "D": 16, "dtype": "bfloat16"}
-    plain = lk.explain("attention", **shapes, causal=True)
-    assert plain["backend"] == "aten" and "SDPA kernel covers" in plain["reason"]
-    capped = lk.explain("attention", **shapes, softcap=30.0, window=(8, 0))
-    assert "SDPA has no softcap" in capped["reason"] and "online softmax" in capped["reason"]
-    window = lk.explain("attention", **shapes, window=(8, 0))
-    assert "some queries and their keys" in window["reason"]
+
+    def of_aten(**problem):
+        return lk.explain("attention", **{**shapes, **problem})["backends"]["aten"]["reason"]
+
+    assert "SDPA kernel covers" in of_aten(causal=True)
+    capped = of_aten(softcap=30.0, window=(8, 0))
+    assert "SDPA has no softcap" in capped and "online softmax" in capped
+    assert "some queries and their keys" in of_aten(window=(8, 0))
     # What a window or causal does not exclude is not held against SDPA.
-    decode = lk.explain("attention", **{**shapes, "S": 1}, Sk=64, causal=True, window=(63, 0))
-    assert "SDPA kernel covers" in decode["reason"]
+    assert "SDPA kernel covers" in of_aten(S=1, Sk=64, causal=True, window=(63, 0))
+    monkeypatch.setenv("LORA_KERNELS_DISABLE", "attention:cpu")
+    chosen = lk.explain("attention", **shapes, causal=True)
+    assert chosen["backend"] == "aten" and "disabled" in chosen["reason"]
     with pytest.raises(InvalidArgumentError, match="argument 'D' is missing"):
         lk.explain("attention", B=1, S=2, H=2)
     with pytest.raises(InvalidArgumentError, match="'T'"):
@@ -128,6 +140,8 @@ GRADCHECK = {
 
 @pytest.mark.parametrize("arguments", GRADCHECK.values(), ids=GRADCHECK)
 def test_gradcheck(backend, arguments):
+    if backend == "cpu":
+        pytest.skip(capabilities.TABLE["cpu"]["float64"])
     i = attention_inputs(1, 4, 2, 3, dtype=torch.float64, **arguments)
     names, leaves = zip(*i.leaves().items(), strict=True)
     if i.attn_mask is not None:  # without -inf, which cannot be moved by a little
@@ -293,6 +307,6 @@ def test_bad_packing(backend, change, message):
 
 
 def test_a_backend_that_cannot_is_refused():
-    for name in ("cpu", "triton", "cuda"):
+    for name in ("triton", "cuda"):
         with pytest.raises(BackendUnavailableError, match="kernels"):
             attention_op(attention_inputs(), name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import importlib.util
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -237,3 +238,25 @@ def test_model_that_is_none(refused: Any, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     message = refused("classification", data, f"model={tmp_path / 'empty'}")
     assert str(tmp_path / "empty") in message and "loaded" in message
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="it is installed")
+def test_deepspeed_that_is_not_installed(
+    refused: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    message = refused("classification", write_data("classification", tmp_path))
+    assert "deepspeed is not installed" in message and "--use_fsdp" in message
+
+
+def test_texts_of_one_token_are_told(refused: Any, tmp_path: Path, models: dict[str, Path]) -> None:
+    """Nothing follows them: the rows of packed documents are none."""
+    bare = shutil.copytree(models["causal-lm"], tmp_path / "no end mark")
+    for path in (bare / "tokenizer_config.json", bare / "special_tokens_map.json"):
+        if path.is_file():
+            raw = json.loads(path.read_text())
+            raw.pop("eos_token", None)
+            path.write_text(json.dumps(raw))
+    data = write_jsonl(tmp_path / "words.jsonl", [{"text": "anna"}] * 20)
+    message = refused("causal-lm", data, f"model={bare}", "data.packing=documents")
+    assert "no example is left" in message

@@ -85,6 +85,10 @@ class Compiled:
         pattern = r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)"
         return Counter(re.findall(pattern, self._dump("-sass")))
 
+    def suffixes(self, opcode: str) -> set[str]:
+        """What follows an opcode in the SASS: widths, scopes."""
+        return set(re.findall(rf"\b{opcode}\.([A-Z0-9_.]+)", self._dump("-sass")))
+
     @cached_property
     def registers_and_stack(self) -> tuple[int, int]:
         found = re.search(r"REG:(\d+) STACK:(\d+)", self._dump("-res-usage"))

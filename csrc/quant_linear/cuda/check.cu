@@ -21,10 +21,10 @@ const char* check_weight(const QuantWeight& w) {
   switch (w.layout) {
     case Layout::kFlat:
       if (w.block_shift < 5 || w.block_shift > 30) return "a block has fewer than 32 elements";
-      if (w.nested_block < 0) return "the nested block size is negative";
+      if (w.nested_shift < 0 || w.nested_shift > 30) return "the nested block size is not in 2..2^30";
       if (w.code == nullptr || w.absmax == nullptr) return kNull;
-      if ((w.n * w.k >> w.block_shift) > kMaxExtent) return "the weight has 2^31 blocks or more";
-      if (w.nested_block == 0) return nullptr;
+      if (w.n * w.k / 32 > kMaxExtent) return "the weight has 2^36 elements or more";
+      if (w.nested_shift == 0) return nullptr;
       return w.nested_absmax == nullptr || w.nested_code == nullptr || w.offset == nullptr
                  ? kNull
                  : nullptr;

@@ -19,8 +19,10 @@ cudaError_t launch_dequantize(const DequantizeParams& p, cudaStream_t stream) {
       return launch_kernel(dequantize_flat_kernel, blocks(FlatShape::kElements), kDequantizeThreads,
                            FlatShape::kShared, stream, p);
     case Layout::kInt8:
+      return launch_kernel(dequantize_bytes_kernel<Layout::kInt8>, blocks(16 * kDequantizeThreads),
+                           kDequantizeThreads, 0, stream, p);
     case Layout::kFp8:
-      return launch_kernel(dequantize_bytes_kernel, blocks(16 * kDequantizeThreads),
+      return launch_kernel(dequantize_bytes_kernel<Layout::kFp8>, blocks(16 * kDequantizeThreads),
                            kDequantizeThreads, 0, stream, p);
     default:
       const dim3 grid(static_cast<unsigned>(ceil_div(p.w.k, Int4Shape::kDepth)),

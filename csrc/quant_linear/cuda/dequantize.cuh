@@ -97,16 +97,17 @@ __global__ void __launch_bounds__(kDequantizeThreads)
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int64_t e = (tile0 + i) * Shape::kTile + 8 * (32 * j + lane);
-      raw[i][j] = e < p.numel ? flat_scale(w, e) : RawScale{0.0f, 0u};
+      const uint32_t block = static_cast<uint32_t>(e >> w.block_shift);
+      raw[i][j] = e < p.numel ? flat_scale(w, block) : RawScale{0.0f, 0u};
     }
   }
   CodeTable::fill<kDequantizeThreads>(table, w.code, thread);
-  if (w.nested_block != 0) nested[thread] = w.nested_code[thread];
-  const float offset = w.nested_block != 0 ? *w.offset : 0.0f;
+  if (w.nested_shift != 0) nested[thread] = w.nested_code[thread];
+  const float offset = w.nested_shift != 0 ? *w.offset : 0.0f;
 #pragma unroll
   for (int i = 0; i < Shape::kTiles; ++i) reinterpret_cast<uint4*>(words)[32 * i + lane] = codes[i];
   __syncthreads();
-  const CodeTable code(table, lane);
+  const CodeTable code(shared, lane);
 #pragma unroll
   for (int i = 0; i < Shape::kTiles; ++i) {
 #pragma unroll
@@ -126,6 +127,7 @@ __global__ void __launch_bounds__(kDequantizeThreads)
   }
 }
 
+template <Layout kLayout>
 __global__ void __launch_bounds__(kDequantizeThreads)
     dequantize_bytes_kernel(const __grid_constant__ DequantizeParams p) {
   const QuantWeight& w = p.w;
@@ -134,25 +136,30 @@ __global__ void __launch_bounds__(kDequantizeThreads)
   int64_t n = e0 / w.k, k = e0 - n * w.k;
   const uint8_t* packed = static_cast<const uint8_t*>(w.packed);
   const bool one_scale = k + 16 <= w.k && k / w.scale_columns == (k + 15) / w.scale_columns;
+  float v[8];
   if (one_scale && aligned16(packed)) {
     const uint4 codes = *reinterpret_cast<const uint4*>(packed + e0);
     const float scale = row_scale(w, n, k);
     const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float v[8];
+    for (int half = 0; half < 2; ++half) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        v[i] = scaled_byte(words[2 * h + i / 4] >> (8 * (i % 4)) & 0xffu, w, scale);
+      for (int i = 0; i < 2; ++i) {
+        float four[4];
+        scaled_bytes<kLayout>(words[2 * half + i], scale, w.factor, four);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) v[4 * i + j] = four[j];
       }
-      store8(p, e0 + 8 * h, v);
+      store8(p, e0 + 8 * half, v);
     }
     return;
   }
   const int64_t end = e0 + 16 < p.numel ? e0 + 16 : p.numel;
 #pragma unroll 1
   for (int64_t e = e0; e < end; ++e) {
-    store_from_float(p.out, e, p.dtype, scaled_byte(packed[e], w, row_scale(w, n, k)));
+    float four[4];
+    scaled_bytes<kLayout>(packed[e], row_scale(w, n, k), w.factor, four);
+    store_from_float(p.out, e, p.dtype, four[0]);
     if (++k == w.k) {
       k = 0;
       ++n;

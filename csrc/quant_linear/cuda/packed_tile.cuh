@@ -7,9 +7,11 @@
 //     a0, a1 = codes 4 j, 4 j + 1 of rows g, g + 8      a2, a3 = codes 4 j + 2, 4 j + 3
 // and the other operand is read at the same k (SkinnyBlock). No layout of its own is needed.
 //
-// A reader copies the codes of a tile into a stage of shared memory, takes them into registers, and
-// gives fragments; the statistics of a tile are loaded one tile ahead (RawScale). K is a multiple
-// of 32 and so is what shares a scale along k: a lane's 32 codes of a row have one.
+// A reader is what a lane knows of one tile of rows. Step s is k = 128 s ..; `exists` says whether
+// the lane's codes of that step lie in the matrix. copy() brings the codes of a step into a stage of
+// shared memory, take() into registers, fragment() decodes; statistics() is called a step ahead.
+// K is a multiple of 32 and so is what shares a scale along k: a lane's 32 codes of a row have one.
+// Rows behind the last one repeat it.
 #pragma once
 
 #include "../../common/cp_async.cuh"
@@ -19,23 +21,18 @@ namespace lora_kernels::quant_linear::cuda {
 
 constexpr int kTileN = 16, kTileK = 128, kRunK = 32;
 
-// Of a warp: which rows and codes a lane has.
-struct TilePlace {
-  const QuantWeight& w;
-  int lane;
-  int64_t n0;  // first row of the tile
+LK_DEVICE int64_t tile_row(const QuantWeight& w, int64_t n0, int lane, int half) {
+  const int64_t n = n0 + lane / 4 + 8 * half;
+  return n < w.n ? n : w.n - 1;
+}
 
-  LK_DEVICE int64_t row(int half) const {  // rows behind the last one repeat it
-    const int64_t n = n0 + lane / 4 + 8 * half;
-    return n < w.n ? n : w.n - 1;
-  }
-  LK_DEVICE int64_t run(int64_t k0) const { return k0 + kRunK * (lane % 4); }
-  // A run that lies in the matrix, for the statistics of runs behind its end.
-  LK_DEVICE int64_t inside(int64_t k0) const {
-    const int64_t k = run(k0);
-    return k < w.k ? k : w.k - kRunK;
-  }
-};
+// Of the lane's codes of step s: their number in runs of 32 along k; that of the last run where
+// there are none.
+LK_DEVICE uint32_t run_of(const QuantWeight& w, int s, int lane) {
+  const uint32_t run = 4u * static_cast<uint32_t>(s) + lane % 4;
+  const uint32_t runs = static_cast<uint32_t>(w.k / kRunK);
+  return run < runs ? run : runs - 1;
+}
 
 template <class T>
 LK_DEVICE void set_half(uint32_t (&a)[4], int half, const float (&v)[4]) {
@@ -44,61 +41,80 @@ LK_DEVICE void set_half(uint32_t (&a)[4], int half, const float (&v)[4]) {
   a[2 + half] = swapped ? pack2<T>(v[0], v[1]) : pack2<T>(v[2], v[3]);
 }
 
-// nf4, fp4: two codes of a row in a byte, the even one in the high nibble.
-struct FlatReader {
-  static constexpr size_t kStage = 2 * 32 * 16;  // bytes of a tile
-  static constexpr size_t kTables = (CodeTable::kFloats + 256) * sizeof(float);
-  struct Codes {
-    uint32_t w[2][4];
-  };
-  float* table;
-  CodeTable code;
-  float offset;
+// 16 bytes of the lane's place `index` in a stage; a warp's are contiguous.
+LK_DEVICE unsigned char* lane_chunk(unsigned char* stage, int index, int lane) {
+  return stage + (32 * index + lane) * 16;
+}
 
-  LK_DEVICE FlatReader(const QuantWeight& w, unsigned char* shared, int lane)
-      : table(reinterpret_cast<float*>(shared)),
-        code(table, lane),
-        offset(w.nested_block != 0 ? *w.offset : 0.0f) {}
+template <int kWords>
+struct LaneCodes {
+  uint32_t w[2][kWords];  // of both rows
 
-  template <int kThreads>
-  LK_DEVICE void fill_tables(const QuantWeight& w, int thread) const {
-    CodeTable::fill<kThreads>(table, w.code, thread);
-    if (w.nested_block == 0) return;
-    for (int i = thread; i < 256; i += kThreads) table[CodeTable::kFloats + i] = w.nested_code[i];
-  }
-
-  LK_DEVICE static void copy(const TilePlace& at, int64_t k0, unsigned char* stage) {
-    const int64_t k = at.run(k0);
-    const uint8_t* packed = static_cast<const uint8_t*>(at.w.packed);
+  LK_DEVICE static LaneCodes take(const unsigned char* stage, int lane) {
+    LaneCodes codes;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t byte = (at.row(half) * at.w.k + at.inside(k0)) / 2;
-      cp_async16_if(stage + (32 * half + at.lane) * 16, packed + byte, k < at.w.k);
-    }
-  }
-
-  LK_DEVICE static RawScale statistics(const TilePlace& at, int64_t k0, int half) {
-    return flat_scale(at.w, at.row(half) * at.w.k + at.inside(k0));
-  }
-
-  LK_DEVICE float scale(const QuantWeight& w, const RawScale& raw) const {
-    return flat_absmax(w, raw, table + CodeTable::kFloats, offset);
-  }
-
-  LK_DEVICE static Codes take(const unsigned char* stage, int lane) {
-    Codes codes;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint4 v = reinterpret_cast<const uint4*>(stage)[32 * half + lane];
-      uint32_t* to = codes.w[half];
-      to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+      for (int i = 0; i < kWords / 4; ++i) {
+        const uint4 v = reinterpret_cast<const uint4*>(stage)[32 * (half * kWords / 4 + i) + lane];
+        uint32_t* to = codes.w[half] + 4 * i;
+        to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+      }
     }
     return codes;
   }
+};
+
+// nf4, fp4: two codes of a row in a byte, the even one in the high nibble.
+struct FlatReader {
+  static constexpr size_t kStage = 2 * 32 * 16;  // bytes of a tile and step
+  static constexpr size_t kTables = (CodeTable::kFloats + 256) * sizeof(float);
+  using Codes = LaneCodes<4>;
+  const uint8_t* from[2];
+  uint32_t first_run[2];  // of the row, in the flattened weight
+
+  LK_DEVICE void start(const QuantWeight& w, int64_t n0, int lane) {
+    for (int half = 0; half < 2; ++half) {
+      const int64_t e = tile_row(w, n0, lane, half) * w.k;
+      from[half] = static_cast<const uint8_t*>(w.packed) + e / 2 + 16 * (lane % 4);
+      first_run[half] = static_cast<uint32_t>(e / kRunK);
+    }
+  }
+
+  // The table of codes, then nested_code.
+  template <int kThreads>
+  LK_DEVICE static void fill_tables(const QuantWeight& w, unsigned char* shared, int thread) {
+    float* table = reinterpret_cast<float*>(shared);
+    CodeTable::fill<kThreads>(table, w.code, thread);
+    if (w.nested_shift == 0) return;
+    for (int i = thread; i < 256; i += kThreads) table[CodeTable::kFloats + i] = w.nested_code[i];
+  }
+
+  LK_DEVICE void copy(const QuantWeight&, int s, bool exists, unsigned char* stage,
+                      int lane) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      cp_async16_if(lane_chunk(stage, half, lane), from[half] + static_cast<int64_t>(s) * 64,
+                    exists);
+    }
+  }
+
+  LK_DEVICE RawScale statistics(const QuantWeight& w, int s, int half, int lane) const {
+    return flat_scale(w, (first_run[half] + run_of(w, s, lane)) >> (w.block_shift - 5));
+  }
+
+  LK_DEVICE static float scale(const QuantWeight& w, const RawScale& raw,
+                               const unsigned char* shared) {
+    if (w.nested_shift == 0) return raw.value;
+    return flat_absmax(w, raw, reinterpret_cast<const float*>(shared) + CodeTable::kFloats,
+                       *w.offset);
+  }
 
   template <class T>
-  LK_DEVICE void fragment(const TilePlace&, const Codes& codes, const unsigned char*, int j,
-                          const float (&scale)[2], const RawScale (&)[2], uint32_t (&a)[4]) const {
+  LK_DEVICE static void fragment(const QuantWeight&, const Codes& codes, const unsigned char*,
+                                 int j, const float (&scale)[2], const RawScale (&)[2],
+                                 const unsigned char* shared, int lane, uint32_t (&a)[4]) {
+    const CodeTable code(shared, lane);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint32_t word = codes.w[half][j / 2];
@@ -112,121 +128,106 @@ struct FlatReader {
   }
 };
 
-// int8 and fp8: 32 bytes of a row in two chunks.
-struct ByteReader {
-  static constexpr size_t kStage = 4 * 32 * 16;
+// What the readers without tables have in common.
+struct PlainReader {
   static constexpr size_t kTables = 0;
-  struct Codes {
-    uint32_t w[2][8];
-  };
-
-  LK_DEVICE ByteReader(const QuantWeight&, unsigned char*, int) {}
   template <int kThreads>
-  LK_DEVICE void fill_tables(const QuantWeight&, int) const {}
+  LK_DEVICE static void fill_tables(const QuantWeight&, unsigned char*, int) {}
+  LK_DEVICE static float scale(const QuantWeight&, const RawScale& raw, const unsigned char*) {
+    return raw.value;
+  }
+};
 
-  LK_DEVICE static void copy(const TilePlace& at, int64_t k0, unsigned char* stage) {
-    const int64_t k = at.run(k0);
-    const uint8_t* packed = static_cast<const uint8_t*>(at.w.packed);
+// int8 and fp8: 32 bytes of a row in two chunks.
+template <Layout kLayout>
+struct ByteReader : PlainReader {
+  static constexpr size_t kStage = 4 * 32 * 16;
+  using Codes = LaneCodes<8>;
+  const uint8_t* from[2];
+  const float* scales[2];
+
+  LK_DEVICE void start(const QuantWeight& w, int64_t n0, int lane) {
+    for (int half = 0; half < 2; ++half) {
+      const int64_t n = tile_row(w, n0, lane, half);
+      from[half] = static_cast<const uint8_t*>(w.packed) + n * w.k + kRunK * (lane % 4);
+      scales[half] = w.scale + n / w.scale_rows * w.scale_ld;
+    }
+  }
+
+  LK_DEVICE void copy(const QuantWeight&, int s, bool exists, unsigned char* stage,
+                      int lane) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint8_t* from = packed + at.row(half) * at.w.k + at.inside(k0);
 #pragma unroll
-      for (int chunk = 0; chunk < 2; ++chunk) {
-        cp_async16_if(stage + (32 * (2 * half + chunk) + at.lane) * 16, from + 16 * chunk,
-                      k < at.w.k);
+      for (int i = 0; i < 2; ++i) {
+        cp_async16_if(lane_chunk(stage, 2 * half + i, lane),
+                      from[half] + static_cast<int64_t>(s) * kTileK + 16 * i, exists);
       }
     }
   }
 
-  LK_DEVICE static RawScale statistics(const TilePlace& at, int64_t k0, int half) {
-    return {row_scale(at.w, at.row(half), at.inside(k0)), 0u};
-  }
-  LK_DEVICE static float scale(const QuantWeight&, const RawScale& raw) { return raw.value; }
-
-  LK_DEVICE static Codes take(const unsigned char* stage, int lane) {
-    Codes codes;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int chunk = 0; chunk < 2; ++chunk) {
-        const uint4 v = reinterpret_cast<const uint4*>(stage)[32 * (2 * half + chunk) + lane];
-        uint32_t* to = codes.w[half] + 4 * chunk;
-        to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-      }
-    }
-    return codes;
+  LK_DEVICE RawScale statistics(const QuantWeight& w, int s, int half, int lane) const {
+    if (w.scale_ld == 1) return {*scales[half], 0u};
+    const uint32_t k = run_of(w, s, lane) * kRunK;
+    return {scales[half][k / static_cast<uint32_t>(w.scale_columns)], 0u};
   }
 
   template <class T>
-  LK_DEVICE void fragment(const TilePlace& at, const Codes& codes, const unsigned char*, int j,
-                          const float (&scale)[2], const RawScale (&)[2], uint32_t (&a)[4]) const {
+  LK_DEVICE static void fragment(const QuantWeight& w, const Codes& codes, const unsigned char*,
+                                 int j, const float (&scale)[2], const RawScale (&)[2],
+                                 const unsigned char*, int, uint32_t (&a)[4]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint32_t word = codes.w[half][j];
       float v[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) v[i] = scaled_byte(word >> (8 * i) & 0xffu, at.w, scale[half]);
+      scaled_bytes<kLayout>(codes.w[half][j], scale[half], w.factor, v);
       set_half<T>(a, half, v);
     }
   }
 };
 
-// What the readers of gptq and awq share.
-struct Int4Statistics {
-  static constexpr size_t kTables = 0;
-  template <int kThreads>
-  LK_DEVICE void fill_tables(const QuantWeight&, int) const {}
+// Scales and zeros of gptq and awq.
+struct Int4Reader : PlainReader {
+  int64_t row[2];
 
-  LK_DEVICE static RawScale statistics(const TilePlace& at, int64_t k0, int half) {
-    return int4_scale(at.w, at.inside(k0) / at.w.group, at.row(half));
+  LK_DEVICE RawScale statistics(const QuantWeight& w, int s, int half, int lane) const {
+    const uint32_t k = run_of(w, s, lane) * kRunK;
+    return int4_scale(w, k / static_cast<uint32_t>(w.group), row[half]);
   }
-  LK_DEVICE static float scale(const QuantWeight&, const RawScale& raw) { return raw.value; }
 };
 
 // gptq: four words of eight k's of one row.
-struct GptqReader : Int4Statistics {
+struct GptqReader : Int4Reader {
   static constexpr size_t kStage = 2 * 32 * 16;
-  struct Codes {
-    uint32_t w[2][4];
-  };
+  using Codes = LaneCodes<4>;
 
-  LK_DEVICE GptqReader(const QuantWeight&, unsigned char*, int) {}
+  LK_DEVICE void start(const QuantWeight& w, int64_t n0, int lane) {
+    for (int half = 0; half < 2; ++half) row[half] = tile_row(w, n0, lane, half);
+  }
 
-  LK_DEVICE static void copy(const TilePlace& at, int64_t k0, unsigned char* stage) {
-    const int64_t k = at.run(k0), word = at.inside(k0) / 8;
-    const uint32_t* packed = static_cast<const uint32_t*>(at.w.packed);
+  LK_DEVICE void copy(const QuantWeight& w, int s, bool exists, unsigned char* stage,
+                      int lane) const {
+    const uint32_t* word = static_cast<const uint32_t*>(w.packed) +
+                           (static_cast<int64_t>(s) * 16 + 4 * (lane % 4)) * w.n;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int i = 0; i < 4; ++i, word += w.n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        cp_async4_if(stage + (32 * half + at.lane) * 16 + 4 * i,
-                     packed + (word + i) * at.w.n + at.row(half), k < at.w.k);
+      for (int half = 0; half < 2; ++half) {
+        cp_async4_if(lane_chunk(stage, half, lane) + 4 * i, word + row[half], exists);
       }
     }
   }
 
-  LK_DEVICE static Codes take(const unsigned char* stage, int lane) {
-    Codes codes;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint4 v = reinterpret_cast<const uint4*>(stage)[32 * half + lane];
-      uint32_t* to = codes.w[half];
-      to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-    }
-    return codes;
-  }
-
   template <class T>
-  LK_DEVICE void fragment(const TilePlace&, const Codes& codes, const unsigned char*, int j,
-                          const float (&scale)[2], const RawScale (&raw)[2],
-                          uint32_t (&a)[4]) const {
+  LK_DEVICE static void fragment(const QuantWeight&, const Codes& codes, const unsigned char*,
+                                 int j, const float (&scale)[2], const RawScale (&raw)[2],
+                                 const unsigned char*, int, uint32_t (&a)[4]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint32_t word = codes.w[half][j / 2] >> (16 * (j % 2));
       float v[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        v[i] = int4_value(word >> (4 * i) & 15u, raw[half].code, scale[half]);
+        const uint32_t code = codes.w[half][j / 2] >> (16 * (j % 2) + 4 * i) & 15u;
+        v[i] = int4_value(code, raw[half].code, scale[half]);
       }
       set_half<T>(a, half, v);
     }
@@ -234,47 +235,49 @@ struct GptqReader : Int4Statistics {
 };
 
 // awq: for each k the two words of the tile's 16 rows. Lanes with the same k read one word.
-struct AwqReader : Int4Statistics {
+struct AwqReader : Int4Reader {
   static constexpr size_t kStage = 2 * kTileK * 4;
-  struct Codes {};
+  struct Codes {
+    LK_DEVICE static Codes take(const unsigned char*, int) { return {}; }
+  };
+  int64_t column;
 
-  LK_DEVICE AwqReader(const QuantWeight&, unsigned char*, int) {}
+  LK_DEVICE void start(const QuantWeight& w, int64_t n0, int lane) {
+    for (int half = 0; half < 2; ++half) row[half] = tile_row(w, n0, lane, half);
+    column = n0 / 8;
+  }
 
   // Place of word (k, column) of a tile; lanes whose k differ by 32 use other banks.
   LK_DEVICE static int place_of(int k, int column) {
     return kTileK * column + (k & ~31) + ((k + (k >> 5) * 8) & 31);
   }
 
-  LK_DEVICE static void copy(const TilePlace& at, int64_t k0, unsigned char* stage) {
-    const QuantWeight& w = at.w;
-    const uint32_t* packed = static_cast<const uint32_t*>(w.packed);
-    const int64_t column = at.n0 / 8;
+  LK_DEVICE void copy(const QuantWeight& w, int s, bool, unsigned char* stage, int lane) const {
+    const int64_t k0 = static_cast<int64_t>(s) * kTileK + lane;
+    const uint32_t* word = static_cast<const uint32_t*>(w.packed) + k0 * w.packed_n + column;
 #pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      const int64_t k = k0 + 32 * q + at.lane;
+    for (int q = 0; q < 4; ++q, word += 32 * w.packed_n) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const bool exists = k < w.k && column + h < w.packed_n;
-        cp_async4_if(stage + 4 * place_of(32 * q + at.lane, h),
-                     exists ? packed + k * w.packed_n + column + h : packed, exists);
+        cp_async4_if(stage + 4 * place_of(32 * q + lane, h), word + h,
+                     k0 + 32 * q < w.k && column + h < w.packed_n);
       }
     }
   }
 
-  LK_DEVICE static Codes take(const unsigned char*, int) { return {}; }
-
   template <class T>
-  LK_DEVICE void fragment(const TilePlace& at, const Codes&, const unsigned char* stage, int j,
-                          const float (&scale)[2], const RawScale (&raw)[2],
-                          uint32_t (&a)[4]) const {
+  LK_DEVICE static void fragment(const QuantWeight&, const Codes&, const unsigned char* stage,
+                                 int j, const float (&scale)[2], const RawScale (&raw)[2],
+                                 const unsigned char*, int lane, uint32_t (&a)[4]) {
     const uint32_t* words = reinterpret_cast<const uint32_t*>(stage);
-    const int shift = column_shift(Layout::kAwq, at.lane / 4);
+    const int shift = column_shift(Layout::kAwq, lane / 4);
+    const int run = lane % 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float v[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const uint32_t word = words[place_of(kRunK * (at.lane % 4) + 4 * j + i, half)];
+        const uint32_t word = words[kTileK * half + 32 * run + ((4 * j + i + 8 * run) & 31)];
         v[i] = int4_value(word >> shift & 15u, raw[half].code, scale[half]);
       }
       set_half<T>(a, half, v);

@@ -22,7 +22,7 @@ struct QuantWeight {
 
   // kFlat: element e has the scale of block e >> block_shift
   int block_shift;      // blocks of 32 and more
-  int nested_block;     // 0: absmax is fp32
+  int nested_shift;     // blocks of absmax likewise; 0: absmax is fp32
   const float* code;    // [16]
   const void* absmax;   // fp32, or u8 codes of nested_code
   const float* nested_absmax;

@@ -65,7 +65,7 @@ void fill_flat(QuantWeight& w, const Spec& s, const std::vector<Tensor>& parts) 
   w.layout = Layout::kFlat;
   w.packed = part(parts, 0, ScalarType::Byte, (s.n * s.k + 1) / 2);
   w.block_shift = log2_of(s.block_size);
-  w.nested_block = static_cast<int>(s.nested_block);
+  w.nested_shift = s.nested_block > 0 ? log2_of(s.nested_block) : 0;
   w.absmax = part(parts, 1, s.nested_block > 0 ? ScalarType::Byte : ScalarType::Float, blocks);
   w.code = static_cast<const float*>(part(parts, 2, ScalarType::Float, 16));
   if (s.nested_block == 0) return;

@@ -20,6 +20,9 @@
 //           for every M from 17 to 128. Bitwise equal from run to run.
 // Shared    one code table per lane (no bank conflicts); the 16-byte chunks of X are exchanged so
 //           that each quarter of a warp reads eight different banks of 16 bytes.
+// Resources (ptxas 13.0, sm_80; flat, int8, fp8, gptq, awq) up to 16 rows: 96, 90, 96, 103, 128
+//           registers, 35, 48, 48, 32, 32 KiB of shared memory. More rows: 237, 193, 198, 207, 250
+//           registers, 75, 96, 96, 72, 72 KiB. No spills.
 // Limits    16-bit T; X with 16-byte rows; K, and whatever shares a scale along k, a multiple of
 //           32; no act-order. The host dequantizes elsewhere.
 #pragma once
@@ -54,28 +57,36 @@ struct SkinnyBlock {
   static constexpr int MT = S::MT, NT = S::NT;
   using Reader = typename S::Reader;
 
+  // Tiles of X: 16 chunks of 8 elements per row, kTurn rows apart for one thread.
+  static constexpr int kChunks = kTileK / 8, kTurn = S::kThreads / kChunks;
+  static_assert(S::kRows % kTurn == 0 && kTurn % 2 == 0);  // a thread's rows share their swizzle
+
   const SkinnyArgs& args;
   const SkinnyGemmParams& p;
-  unsigned char* shared;
-  int thread, lane, warp, active;  // active: tiles of eight rows that hold any of the M
+  unsigned char* shared;  // tables, then stages
+  int thread, lane, warp;
+  int rows, active;  // of X in this block; tiles of eight that hold any of them
   int64_t m0, n0;
-  Reader reader;
+  const T* x_from;  // the thread's chunk of its first row
+  int x_to, x_at;   // offsets in the tile of X: where it goes, what the lane reads
+  Reader reader[NT];
   float acc[NT][MT][4];
 
   LK_DEVICE SkinnyBlock(const SkinnyArgs& args_, unsigned char* memory)
-      : args(args_),
-        p(args_.p),
-        shared(memory),
-        thread(threadIdx.x),
-        lane(thread % 32),
-        warp(thread / 32),
-        reader(args_.p.w, memory + S::STAGES * S::kStage, thread % 32) {
+      : args(args_), p(args_.p), shared(memory), thread(threadIdx.x) {
+    lane = thread % 32;
+    warp = thread / 32;
     m0 = static_cast<int64_t>(blockIdx.y) * S::kRows;
     n0 = static_cast<int64_t>(blockIdx.x) * S::kColumns + warp * kTileN * NT;
-    const int64_t rows = p.m - m0 < S::kRows ? p.m - m0 : S::kRows;
-    active = static_cast<int>((rows + 7) / 8);
+    rows = static_cast<int>(p.m - m0 < S::kRows ? p.m - m0 : S::kRows);
+    active = (rows + 7) / 8;
+    const int row = thread / kChunks, chunk = thread % kChunks;
+    x_from = static_cast<const T*>(p.x) + (m0 + row) * p.ldx + 8 * chunk;
+    x_to = x_offset(row, chunk);
+    x_at = x_offset(lane / 4, 4 * (lane % 4));
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
+      reader[nt].start(p.w, n0 + kTileN * nt, lane);
 #pragma unroll
       for (int i = 0; i < MT; ++i) {
 #pragma unroll
@@ -84,43 +95,42 @@ struct SkinnyBlock {
     }
   }
 
-  LK_DEVICE T* tile_x(int stage) const { return reinterpret_cast<T*>(shared + stage * S::kStage); }
-  LK_DEVICE unsigned char* tile_w(int stage, int nt) const {
-    return shared + stage * S::kStage + S::kTileX + (warp * NT + nt) * Reader::kStage;
+  LK_DEVICE unsigned char* stage_at(int stage) const {
+    return shared + Reader::kTables + stage * S::kStage;
   }
-  LK_DEVICE TilePlace place(int nt) const { return {p.w, lane, n0 + kTileN * nt}; }
+  LK_DEVICE T* tile_x(int stage) const { return reinterpret_cast<T*>(stage_at(stage)); }
+  LK_DEVICE unsigned char* tile_w(int stage, int nt) const {
+    return stage_at(stage) + S::kTileX + (warp * NT + nt) * Reader::kStage;
+  }
 
-  // Element offset of chunk c (of 8 elements) of row r of the tile of X.
+  // Element offset of chunk c of row r of the tile of X. The exchange touches the two lowest bits
+  // of c, so chunk 4 t + i lies at that of chunk 4 t, exclusive or 8 i.
   LK_DEVICE static int x_offset(int row, int chunk) {
     return row * kTileK + 8 * (chunk ^ (chunk >> 3 | (row & 1) << 1));
   }
 
   LK_DEVICE void load(int step, int stage) const {
-    const int64_t k0 = static_cast<int64_t>(step) * kTileK;
-    constexpr int kChunks = kTileK / 8;
-    const int chunk = thread % kChunks;
-    const T* x = static_cast<const T*>(p.x);
+    const T* from = x_from + static_cast<int64_t>(step) * kTileK;
+    const bool chunk_exists = step * kTileK + 8 * (thread % kChunks) < p.w.k;
 #pragma unroll
-    for (int i = 0; i < S::kRows * kChunks / S::kThreads; ++i) {
-      const int row = thread / kChunks + i * (S::kThreads / kChunks);
-      if (row >= 8 * active) break;
-      const bool exists = m0 + row < p.m && k0 + 8 * chunk < p.w.k;
-      cp_async16_if(tile_x(stage) + x_offset(row, chunk),
-                    exists ? x + (m0 + row) * p.ldx + k0 + 8 * chunk : x, exists);
+    for (int i = 0; i < S::kRows / kTurn; ++i) {
+      if (i * kTurn >= 8 * active) break;
+      cp_async16_if(tile_x(stage) + x_to + i * kTurn * kTileK, from + i * kTurn * p.ldx,
+                    chunk_exists && thread / kChunks + i * kTurn < rows);
     }
+    const bool exists = step * kTileK + kRunK * (lane % 4) < p.w.k;
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
-      if (n0 + kTileN * nt < p.w.n) reader.copy(place(nt), k0, tile_w(stage, nt));
+      reader[nt].copy(p.w, step, exists, tile_w(stage, nt), lane);
     }
   }
 
   LK_DEVICE void load_statistics(int step, RawScale (&raw)[NT][2]) const {
-    const int64_t k0 = static_cast<int64_t>(step) * kTileK;
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
-      if (n0 + kTileN * nt >= p.w.n) continue;
+#pragma unroll
       for (int half = 0; half < 2; ++half) {
-        raw[nt][half] = Reader::statistics(place(nt), k0, half);
+        raw[nt][half] = reader[nt].statistics(p.w, step, half, lane);
       }
     }
   }
@@ -130,9 +140,11 @@ struct SkinnyBlock {
     float scale[NT][2];
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
-      codes[nt] = reader.take(tile_w(stage, nt), lane);
+      codes[nt] = Reader::Codes::take(tile_w(stage, nt), lane);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) scale[nt][half] = reader.scale(p.w, raw[nt][half]);
+      for (int half = 0; half < 2; ++half) {
+        scale[nt][half] = Reader::scale(p.w, raw[nt][half], shared);
+      }
     }
     const T* x = tile_x(stage);
 #pragma unroll
@@ -142,15 +154,14 @@ struct SkinnyBlock {
       for (int nt = 0; nt < NT; ++nt) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          reader.template fragment<T>(place(nt), codes[nt], tile_w(stage, nt), 2 * pair + j,
-                                      scale[nt], raw[nt], a[nt][j]);
+          Reader::template fragment<T>(p.w, codes[nt], tile_w(stage, nt), 2 * pair + j, scale[nt],
+                                       raw[nt], shared, lane, a[nt][j]);
         }
       }
 #pragma unroll
       for (int i = 0; i < MT; ++i) {
-        if (i >= active) break;
-        const uint4 b = *reinterpret_cast<const uint4*>(
-            x + x_offset(8 * i + lane / 4, 4 * (lane % 4) + pair));
+        if (i > 0 && i >= active) break;
+        const uint4 b = *reinterpret_cast<const uint4*>(x + (x_at ^ (8 * pair)) + 8 * i * kTileK);
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt) {
           mma_16816<T>(acc[nt][i], a[nt][0], b.x, b.y);
@@ -175,11 +186,11 @@ struct SkinnyBlock {
       uint32_t a[NT][4];
 #pragma unroll
       for (int nt = 0; nt < NT; ++nt) {
-        const TilePlace at = place(nt);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          a[nt][half] = pair_of(p.b, at.row(half), p.ldb, r, low);
-          a[nt][2 + half] = pair_of(p.b, at.row(half), p.ldb, r + 8, high);
+          const int64_t n = tile_row(p.w, n0 + kTileN * nt, lane, half);
+          a[nt][half] = pair_of(p.b, n, p.ldb, r, low);
+          a[nt][2 + half] = pair_of(p.b, n, p.ldb, r + 8, high);
         }
       }
 #pragma unroll
@@ -239,7 +250,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
     if (first + s < end) block.load(first + s, s);
     cp_async_commit();
   }
-  block.reader.template fill_tables<S::kThreads>(args.p.w, block.thread);  // seen after a barrier
+  S::Reader::template fill_tables<S::kThreads>(args.p.w, shared, block.thread);
   int stage = 0;
   const auto step = [&](int s, const RawScale(&now)[S::NT][2], RawScale(&next)[S::NT][2]) {
     cp_async_wait<STAGES - 2>();

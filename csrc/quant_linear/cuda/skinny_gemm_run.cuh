@@ -37,8 +37,9 @@ cudaError_t run_skinny_gemm(const SkinnyGemmParams& p, cudaStream_t stream) {
     case Layout::kFlat:
       return launch_skinny_reader<T, FlatReader>(p, stream);
     case Layout::kInt8:
+      return launch_skinny_reader<T, ByteReader<Layout::kInt8>>(p, stream);
     case Layout::kFp8:
-      return launch_skinny_reader<T, ByteReader>(p, stream);
+      return launch_skinny_reader<T, ByteReader<Layout::kFp8>>(p, stream);
     case Layout::kGptq:
       return launch_skinny_reader<T, GptqReader>(p, stream);
     default:
