@@ -24,7 +24,12 @@ from lora_kernels.training.checkpoint_home import (
 from lora_kernels.training.config import Config
 from lora_kernels.training.config_reader import read_config
 from lora_kernels.training.preflight import check_room
-from lora_kernels.training.processes import is_main, output_stage, world_size
+from lora_kernels.training.processes import (
+    check_launcher,
+    is_main,
+    output_stage,
+    world_size,
+)
 from lora_kernels.training.references import model_path
 from lora_kernels.training.result import Result, finite
 from lora_kernels.training.tasks import Task, task_class
@@ -65,6 +70,7 @@ def finetune(
                           f"{world_size()}")  # fmt: skip
     quiet = quiet or not is_main()
     output = Path(config.output).expanduser()
+    check_launcher()
     check_output(output)
     check_room("output", output, 0)
     task_type = task_class(config.task)

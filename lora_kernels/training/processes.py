@@ -6,6 +6,7 @@ variables. transformers.Trainer does the rest; every process runs the same code.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -48,6 +49,19 @@ def output_stage(target: Path) -> Iterator[Path]:
     else:
         with tempfile.TemporaryDirectory(prefix="lora-kernels-rank-") as folder:
             yield Path(folder)
+
+
+def check_launcher() -> None:
+    """Refuses what a launcher asks for and this installation lacks.
+
+    Raises:
+        ConfigError: DeepSpeed without its package.
+    """
+    if _flag("ACCELERATE_USE_DEEPSPEED") and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            "ACCELERATE_USE_DEEPSPEED is set and deepspeed is not installed; pip install "
+            "deepspeed, or shard by FSDP2 (accelerate launch --use_fsdp --fsdp_version 2)"
+        )
 
 
 def check_strategy(accelerator: Any, args: Any) -> None:
