@@ -19,6 +19,9 @@ _PUBLIC = {
     "LoRAConv1d": "lora_kernels.modules.lora_conv",
     "LoRAConv2d": "lora_kernels.modules.lora_conv",
     "LoRAConv3d": "lora_kernels.modules.lora_conv",
+    "LoRAQKV": "lora_kernels.modules.lora_qkv",
+    "LoRAMLP": "lora_kernels.modules.lora_mlp",
+    "LoRAAttention": "lora_kernels.modules.lora_attention",
     "replace_modules": "lora_kernels.modules.replace",
     "save_adapter": "lora_kernels.modules.adapter_io",
     "load_adapter": "lora_kernels.modules.adapter_io",
@@ -57,12 +60,15 @@ if TYPE_CHECKING:
     )
     from lora_kernels.modules.adapter_io import load_adapter as load_adapter
     from lora_kernels.modules.adapter_io import save_adapter as save_adapter
+    from lora_kernels.modules.lora_attention import LoRAAttention as LoRAAttention
     from lora_kernels.modules.lora_conv import LoRAConv1d as LoRAConv1d
     from lora_kernels.modules.lora_conv import LoRAConv2d as LoRAConv2d
     from lora_kernels.modules.lora_conv import LoRAConv3d as LoRAConv3d
     from lora_kernels.modules.lora_embedding import LoRAEmbedding as LoRAEmbedding
     from lora_kernels.modules.lora_linear import LoRALinear as LoRALinear
     from lora_kernels.modules.lora_lstm import LoRALSTM as LoRALSTM
+    from lora_kernels.modules.lora_mlp import LoRAMLP as LoRAMLP
+    from lora_kernels.modules.lora_qkv import LoRAQKV as LoRAQKV
     from lora_kernels.modules.merge import merge as merge
     from lora_kernels.modules.merge import unmerge as unmerge
     from lora_kernels.modules.quant_checkpoint import load_quantized as load_quantized

@@ -1,0 +1,126 @@
+"""Linear layers of one input, adapted or not, dense or quantized, with as few calls as can be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from lora_kernels.errors import InvalidArgumentError
+from lora_kernels.modules.grouped_lora_linear import GroupedLoRALinear, operands
+from lora_kernels.modules.layer_group import Operands
+from lora_kernels.modules.lora_linear import LoRALinear
+from lora_kernels.modules.lora_transposed_linear import LoRATransposedLinear
+from lora_kernels.modules.quant_linear import QuantLinear
+from lora_kernels.modules.quant_lora_linear import QuantLoRALinear
+from lora_kernels.ops import grouped_lora_linear
+
+_LAYERS = (nn.Linear, LoRATransposedLinear, QuantLinear)  # LoRALinear is an nn.Linear
+
+
+def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """The result of every layer for x. Those that are exactly LoRALinear, have no hooks, and agree
+    on dropout and dtypes are one call of the op, in which each drops its own elements of x."""
+    together: dict[int, Operands] = {}
+    for i, layer in enumerate(layers):
+        found = operands(layer, x) if _is_plain(layer) else None
+        first = next(iter(together.values()), found)
+        if found is not None and first is not None and _agree(first, found):
+            together[i] = found
+    results: dict[int, Tensor] = {}
+    if len(together) > 1:
+        weights, lora_as, lora_bs, scalings, biases, rates = zip(*together.values(), strict=True)
+        ys = grouped_lora_linear(
+            x, weights, lora_as, lora_bs, scalings, biases=biases, dropout_p=rates[0]
+        )
+        results = dict(zip(together, ys, strict=True))
+    return [results[i] if i in results else layer(x) for i, layer in enumerate(layers)]
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    hooks = (
+        layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks,
+        layer._backward_pre_hooks, nn_module._global_forward_hooks,
+        nn_module._global_forward_pre_hooks, nn_module._global_backward_hooks,
+        nn_module._global_backward_pre_hooks,
+    )  # fmt: skip
+    exact = type(layer) in (LoRALinear, GroupedLoRALinear)
+    return exact and not any(hooks) and "forward" not in layer.__dict__
+
+
+def _agree(a: Operands, b: Operands) -> bool:
+    return (
+        a.dropout_p == b.dropout_p
+        and a.weight.dtype == b.weight.dtype
+        and a.lora_a.dtype == b.lora_a.dtype
+        and a.lora_b.dtype == b.lora_b.dtype
+    )
+
+
+def make_projection(
+    name: str,
+    in_features: int,
+    out_features: int,
+    *,
+    bias: bool,
+    r: int | Mapping[str, int],
+    alpha: float | Mapping[str, float],
+    dropout: float | Mapping[str, float],
+    rslora: bool,
+    quant: str | None,
+    adapter_dtype: torch.dtype | None,
+    device: Any,
+    dtype: torch.dtype | None,
+) -> nn.Module:
+    """A new layer with the values that the mappings have for `name`; rank 0: frozen, no adapter."""
+    rank = _value(r, name, 0)
+    where = {"device": device, "dtype": dtype}
+    if rank == 0:
+        kinds = {} if quant is None else {"format": quant}
+        cls: Any = nn.Linear if quant is None else QuantLinear
+        return cls(in_features, out_features, bias=bias, **kinds, **where).requires_grad_(False)
+    options: dict[str, Any] = {
+        "r": rank, "alpha": _value(alpha, name, 2 * rank), "dropout": _value(dropout, name, 0.0),
+        "rslora": rslora, "bias": bias, "adapter_dtype": adapter_dtype, **where,
+    }  # fmt: skip
+    if quant is None:
+        return LoRALinear(in_features, out_features, **options)
+    return QuantLoRALinear(in_features, out_features, format=quant, **options)
+
+
+def _value(given: Any, name: str, default: Any) -> Any:
+    return given.get(name, default) if isinstance(given, Mapping) else given
+
+
+def check_names(names: Sequence[str], **mappings: object) -> None:
+    """Every key of a mapping must be the name of a projection."""
+    for argument, given in mappings.items():
+        unknown = sorted(set(given) - set(names)) if isinstance(given, Mapping) else []
+        if unknown:
+            raise InvalidArgumentError(
+                f"{argument} has a value for {unknown[0]!r}; accepted: {', '.join(names)}"
+            )
+
+
+def check_layers(layers: Mapping[str, Any], in_features: int | None = None) -> int:
+    """The common in_features of existing layers.
+
+    Raises:
+        InvalidArgumentError: a layer of another class, or with another number of inputs.
+    """
+    for name, layer in layers.items():
+        if not isinstance(layer, _LAYERS):
+            raise InvalidArgumentError(
+                f"{name} is a {type(layer).__name__}; accepted: torch.nn.Linear, LoRALinear, "
+                "QuantLinear, QuantLoRALinear, LoRATransposedLinear"
+            )
+        in_features = layer.in_features if in_features is None else in_features
+        if layer.in_features != in_features:
+            raise InvalidArgumentError(
+                f"{name} has in_features={layer.in_features}; accepted: {in_features}"
+            )
+    assert in_features is not None
+    return in_features
