@@ -94,7 +94,7 @@ def quantize_rows(
         scale = tl.where(absmax == 0.0, 1.0, tl.maximum(_divided(absmax, largest_code), least))
     else:
         scale = absmax
-        factor = _divided(largest_code, tl.where(absmax == 0.0, 1.0, absmax))
+        factor = _divided(1.0, tl.where(absmax == 0.0, 1.0, absmax)) * largest_code  # two roundings
         factor = tl.minimum(factor, 3.4028234663852886e38)
     for first in tl.range(0, K, BK):
         k = first + tl.arange(0, BK)
