@@ -128,4 +128,5 @@ ROW = GpuOp(
     problem=_problem,
     peers=("eager", "eager-compile", "liger", "cce"),
     gate=_gate,
+    modes=("fwd", "fwdbwd"),  # the forward of a mean makes the gradients; its backward is a factor
 )  # fmt: skip

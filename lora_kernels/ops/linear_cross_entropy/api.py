@@ -51,8 +51,8 @@ def linear_cross_entropy(
             sequence has none, as a causal language model is trained.
         reduction: ``mean`` divides by the number of tokens that count (by the sum of their
             weights where given; nothing that counts: NaN, as torch gives), ``sum``, or ``none``.
-        backend: None or ``auto``, ``reference``, ``aten``, ``cpu``. A backend asked for by name
-            never falls back.
+        backend: None or ``auto``, ``reference``, ``aten``, ``cpu``, ``triton``. A backend asked for
+            by name never falls back.
 
     Under ``torch.autocast`` hidden is converted to the autocast dtype.
 

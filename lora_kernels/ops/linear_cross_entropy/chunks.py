@@ -13,15 +13,27 @@ from torch import Tensor
 
 # Logits of a chunk: large enough for a GEMM at full speed, small enough to be reused at once.
 _CHUNK_ELEMENTS = 1 << 24
+# On a GPU the head is read anew for every chunk, so that it takes a thousand rows to hide that.
+_GPU_CHUNK_ELEMENTS = 1 << 27
 _LEAST_ROWS = 64
+_GPU_ROW_ELEMENTS = 64  # rows of logits begin at whole cache lines, as fast GEMM kernels need
 
 # (logits [m, V], labels [m], coefficients [m] or None) -> (losses [m], gradient [m, V] or None in
 # the dtype of the logits, which it may overwrite)
 RowsToLosses = Callable[[Tensor, Tensor, "Tensor | None"], "tuple[Tensor, Tensor | None]"]
 
 
-def chunk_rows(vocabulary: int) -> int:
-    return max(_LEAST_ROWS, _CHUNK_ELEMENTS // vocabulary)
+def chunk_rows(vocabulary: int, on_gpu: bool = False) -> int:
+    elements = _GPU_CHUNK_ELEMENTS if on_gpu else _CHUNK_ELEMENTS
+    return max(_LEAST_ROWS, elements // vocabulary)
+
+
+def _buffer(hidden: Tensor, rows: int, vocabulary: int) -> Tensor:
+    """[rows, vocabulary], on a GPU every row aligned."""
+    if not hidden.is_cuda:
+        return hidden.new_empty(rows, vocabulary)
+    width = -(-vocabulary // _GPU_ROW_ELEMENTS) * _GPU_ROW_ELEMENTS
+    return hidden.new_empty(rows, width)[:, :vocabulary]
 
 
 def _counted(labels: Tensor, ignore_index: int) -> Tensor | None:
@@ -163,9 +175,9 @@ def run(
     if counted is not None and needs[0]:
         grads.hidden.zero_()
     count = hidden.shape[0] if counted is None else counted.numel()
-    step = min(count, chunk_rows(weight.shape[0]))
+    step = min(count, chunk_rows(weight.shape[0], hidden.is_cuda))
     # One buffer for all chunks: fresh pages would cost as much as the losses.
-    logits = hidden.new_empty(step, weight.shape[0])
+    logits = _buffer(hidden, step, weight.shape[0])
     for begin in range(0, count, max(step, 1)):
         rows = slice(begin, min(begin + step, count))
         index = None if counted is None else counted[rows]

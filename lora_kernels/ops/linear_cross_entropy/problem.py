@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lora_kernels.errors import InvalidArgumentError
-from lora_kernels.ops import _dispatch
+from lora_kernels.ops import _dispatch, _evidence
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BACKENDS = ("reference", "aten", "cpu")
+BACKENDS = ("reference", "aten", "cpu", "triton")
 OP = "linear_cross_entropy"
 
 
@@ -72,14 +72,20 @@ def supports(backend: str, problem: LinearCrossEntropyProblem) -> tuple[bool, st
         from lora_kernels.ops.linear_cross_entropy import cpu
 
         return cpu.supports(problem)
+    if backend == "triton":
+        from lora_kernels.ops.linear_cross_entropy import triton
+
+        return triton.supports(problem)
     return False, f"{OP} has no {backend} kernels"
 
 
 def choose(problem: LinearCrossEntropyProblem, requested: str | None = None) -> tuple[str, str]:
-    """(backend, reason) that would run `problem`."""
+    """(backend, reason) that would run `problem`. Both ways are one choice: in training the
+    forward makes the gradients, and that is what is measured as it."""
     name = _dispatch.requested_backend(requested)
-    preference = ("cpu",) if problem.device == "cpu" else ()
-    return _dispatch.resolve(OP, name, preference, lambda b: supports(b, problem))
+    if name == "auto" and problem.device != "cpu":
+        return _evidence.choose(OP, BACKENDS, problem, "fwd", supports)
+    return _dispatch.resolve(OP, name, ("cpu",), lambda b: supports(b, problem))
 
 
 def launcher(problem: LinearCrossEntropyProblem, requested: str) -> ModuleType:
