@@ -17,6 +17,8 @@ from lora_kernels.integrations.peft import eligibility
 from lora_kernels.integrations.peft.fallback import warn_once
 from lora_kernels.integrations.peft.groups import dissolve_groups, form_groups, take_apart
 from lora_kernels.integrations.peft.linear import FusedLoraLinear, FusedQuantLoraLinear
+from lora_kernels.integrations.peft.mlp_blocks import recompute_activations
+from lora_kernels.integrations.peft.mlp_blocks import to_stock as mlp_to_stock
 from lora_kernels.integrations.peft.quant_base import is_quantized, quantized_base
 from lora_kernels.integrations.peft.report import ApplyReport
 from lora_kernels.integrations.transformers.causal_lm_loss import (
@@ -32,7 +34,9 @@ from lora_kernels.ops import _dispatch, explain
 _ROWS = 1024  # of the problem for which the report names a backend
 
 
-def apply(model: nn.Module, *, fused_loss: bool = False) -> ApplyReport:
+def apply(
+    model: nn.Module, *, fused_loss: bool = False, recompute_activations: bool = False
+) -> ApplyReport:
     """Let every LoRA linear of `model` that can be fused run fused.
 
     Works on a model that is already built: by ``get_peft_model``, ``PeftModel.from_pretrained``
@@ -54,6 +58,9 @@ def apply(model: nn.Module, *, fused_loss: bool = False) -> ApplyReport:
         fused_loss: causal language models compute the loss of a call with labels by
             ``lk.ops.linear_cross_entropy``, without logits; ``outputs.logits`` are made when
             they are read. The report's groups say which models do.
+        recompute_activations: MLP blocks of known classes do not keep the activation for the
+            backward but compute it again: less memory (docs/blocks.md), one more pass. Such a
+            model cannot be pickled whole.
 
     Returns:
         The :class:`ApplyReport`; a model without LoRA layers gives an empty one.
@@ -63,39 +70,41 @@ def apply(model: nn.Module, *, fused_loss: bool = False) -> ApplyReport:
         StrictFallbackError: ``LORA_KERNELS_STRICT=1`` and a layer would be stock; nothing changed.
         BackendUnavailableError: ``LORA_KERNELS_BACKEND`` names a backend that cannot run a layer.
     """
-    return _apply(model, fused_loss)[0]
+    return _apply(model, fused_loss, recompute_activations)[0]
 
 
 def unapply(model: nn.Module) -> int:
-    """Give every fused layer of `model` its PEFT class back, and the loss its logits.
+    """Give every fused layer and MLP block of `model` its class back, and the loss its logits.
 
     Returns:
-        How many layers and losses changed; 0 when none was fused.
+        How many layers, blocks and losses changed; 0 when none was fused.
 
     Raises:
         InvalidArgumentError: `model` is not a torch.nn.Module.
     """
     dissolve_groups(_checked(model))
-    layers = sum(_to_stock(module) for module in model.modules())
+    layers = sum(_to_stock(module) or mlp_to_stock(module) for module in model.modules())
     return layers + unfuse_loss(model)
 
 
 @contextmanager
-def applied(model: nn.Module, *, fused_loss: bool = False) -> Iterator[ApplyReport]:
+def applied(
+    model: nn.Module, *, fused_loss: bool = False, recompute_activations: bool = False
+) -> Iterator[ApplyReport]:
     """``with applied(model) as report:`` fused inside; what it changed returns after.
 
     Raises:
         As :func:`apply`.
     """
     before = loss_is_fused(_checked(model))
-    report, changed, groups = _apply(model, fused_loss)
+    report, changed, groups = _apply(model, fused_loss, recompute_activations)
     try:
         yield report
     finally:
         for group in groups:
             take_apart(group)
         for module in changed:
-            _to_stock(module)
+            _ = _to_stock(module) or mlp_to_stock(module)
         if fused_loss and not before:
             unfuse_loss(model)
 
@@ -109,7 +118,7 @@ def _checked(model: Any) -> nn.Module:
 
 
 def _apply(
-    model: nn.Module, fused_loss: bool
+    model: nn.Module, fused_loss: bool, recompute: bool
 ) -> tuple[ApplyReport, list[nn.Module], list[LayerGroup]]:
     layers: list[tuple[str, Any]] = [
         (n, m) for n, m in _checked(model).named_modules() if isinstance(m, LoraLayer)
@@ -134,6 +143,10 @@ def _apply(
             _to_stock(layer)
     entries_of_groups, groups = form_groups(model)
     report.groups.extend(entries_of_groups)
+    if recompute:
+        entries_of_mlps, blocks = recompute_activations(model)
+        report.groups.extend(entries_of_mlps)
+        changed.extend(blocks)
     if fused_loss:
         report.groups.extend(
             {"kind": "linear_cross_entropy", **asdict(entry)} for entry in fuse_loss(model)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from lora_kernels.modules.report import LayerReport, Report
 
+MLP = "recomputed_activation"
+
 
 def _pattern(name: str) -> str:
     """Numbered parts of a module path as ``*``: the same layer of every block."""
@@ -20,7 +22,8 @@ class ApplyReport(Report):
     `backend` of a fused layer is what a call of 1024 rows would pick. `groups` holds a dict for
     every set of layers with one input, ``{"kind": "grouped_lora_linear", "name": path of the
     block, "members": [names], "status": "fused" or "stock", "reason"}``: stock ones are fused
-    layer by layer. With fused_loss also one for each model whose loss was looked at.
+    layer by layer. With recompute_activations there is one of kind ``recomputed_activation`` for
+    every MLP block; with fused_loss also one for each model whose loss was looked at.
     """
 
     def __str__(self) -> str:
@@ -50,5 +53,6 @@ class ApplyReport(Report):
             if "members" in entry:
                 what = f"{_pattern(entry['name'])}: {', '.join(entry['members'])}"
                 how = "computed together" if len(entry["members"]) > 1 else "one layer for all"
+                how = "the activation is recomputed" if entry["kind"] == MLP else how
                 alike[what, entry["reason"] or how] += 1
         return [f"{count} x {what}: {how}" for (what, how), count in alike.items()]
