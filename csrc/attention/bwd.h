@@ -77,7 +77,7 @@ void pack_keys(const BwdParams& p, int64_t b, int64_t group, Range keys, BwdBuff
 struct RowState {
   int64_t i;
   Range seen;
-  float lse2, delta;
+  float lse, delta;
   const float *scores, *dp;
   float* dmask;
 };
@@ -95,7 +95,7 @@ inline void gradients(const BwdParams& p, const Head& head, const RowState& row,
     const int64_t column = c + v * LK_LANES;
     Vec slope;
     const Vec z = biased<kPlain>(head, row.i, j0 + column, load(row.scores + column), &slope);
-    Vec prob = exp2_vec(z - row.lse2);
+    Vec prob = weights_of<E>(z, row.lse);
     IVec there;
     if (edge) {
       there = lanes_between(row.seen.begin - column, row.seen.end - column);
@@ -148,7 +148,7 @@ void score_gradients(const BwdParams& p, const BwdBlock<E>& k, int64_t j0, int64
                 std::min({static_cast<int64_t>(E::BC), seen.end - j0, k.keys.end - j0})};
       const int64_t at = span.row + x.i;
       const float lse = p.lse.data[head.b * p.lse.batch + head.h * p.lse.head + at];
-      x.lse2 = lse == -kInfinity ? kInfinity : lse * kLog2E;
+      x.lse = lse == -kInfinity ? kInfinity : lse;
       x.delta = p.delta.data[head.b * p.delta.batch + head.h * p.delta.head + at];
       x.scores = w.scores + (r + n) * E::BC;
       x.dp = w.dp + (r + n) * E::BC;

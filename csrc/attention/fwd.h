@@ -67,7 +67,7 @@ void pack_keys(const FwdParams& p, const FwdTask& t, FwdBuffers<E>& w) {
   }
 }
 
-// Scores of row i in columns [first, last) of a block become weights 2^(z - max), those outside of
+// Scores of row i in columns [first, last) of a block become weights e^(z - max), those outside of
 // `seen` (columns too) zero. Updates the row's maximum and sum; returns what earlier sums fade by.
 template <class E, bool kPlain>
 float softmax_row(const Head& head, int64_t i, int64_t j0, Range seen, int64_t first, int64_t last,
@@ -95,7 +95,7 @@ float softmax_row(const Head& head, int64_t i, int64_t j0, Range seen, int64_t f
   }
   const float before = top, now = std::max(before, max_lanes(maximum(highest[0], highest[1])));
   const float base = now == -kInfinity ? 0.0f : now;
-  const float factor = kPlain ? head.scale2 : 1.0f;
+  const float factor = kPlain ? head.scale : 1.0f;
   Kept<E::BC> kept;
   const bool drops = !kPlain && head.dropout.threshold != 0;
   if (drops) kept.draw(head, i, j0);
@@ -106,7 +106,7 @@ float softmax_row(const Head& head, int64_t i, int64_t j0, Range seen, int64_t f
     Vec e[2];
     for (int v = 0; v < 2; ++v) {
       const int64_t column = c + v * LK_LANES;
-      e[v] = exp2_vec(load(scores + column) * factor - base);
+      e[v] = weights_of<E>(load(scores + column) * factor, base);
       if (edge) e[v] = select(lanes_between(seen.begin - column, seen.end - column), e[v]);
       sum[v] += e[v];
       if (drops) e[v] = select(kept.lanes(column), e[v]);
@@ -114,7 +114,7 @@ float softmax_row(const Head& head, int64_t i, int64_t j0, Range seen, int64_t f
     E::store_a(weights + c, e);
   }
   for (int64_t c = c1; c < last; c += NR) E::store_a(weights + c, zeros);
-  const float fade = before == now ? 1.0f : std::exp2(before - base);
+  const float fade = before == now ? 1.0f : std::exp(before - base);
   top = now;
   total = total * fade + sum_lanes(sum[0] + sum[1]);
   return fade;
@@ -128,7 +128,7 @@ void fwd_rows(const FwdParams& p, const FwdTask& t, const Head& head, int64_t i0
   const int64_t rows = i1 - i0;
   stage<E>(row_of<T>(p.q, t.b, span.row + i0, head.h), p.q.row, rows, p.d, rows, w.d, w.q);
   for (int64_t r = 0; r < rows; ++r) {
-    w.top[r] = p.sinks != nullptr ? p.sinks[head.h] * kLog2E : -kInfinity;
+    w.top[r] = p.sinks != nullptr ? p.sinks[head.h] : -kInfinity;
     w.total[r] = w.top[r] == -kInfinity ? 0.0f : 1.0f;
   }
   bool touched[E::BR / kGroupRows] = {};
@@ -175,14 +175,8 @@ void fwd_rows(const FwdParams& p, const FwdTask& t, const Head& head, int64_t i0
     } else {
       store_row(w.out + r * w.dv, p.dv, head.keep_scale / w.total[r], out);
     }
-    float& lse = p.lse.data[t.b * p.lse.batch + head.h * p.lse.head + span.row + i0 + r];
-    if (w.total[r] == 0.0f) {
-      lse = -kInfinity;
-    } else if (p.sinks != nullptr && w.total[r] == 1.0f && w.top[r] == p.sinks[head.h] * kLog2E) {
-      lse = p.sinks[head.h];  // alone: to the bit
-    } else {
-      lse = w.top[r] * kLn2 + std::log(w.total[r]);
-    }
+    p.lse.data[t.b * p.lse.batch + head.h * p.lse.head + span.row + i0 + r] =
+        w.total[r] == 0.0f ? -kInfinity : w.top[r] + std::log(w.total[r]);
   }
 }
 

@@ -19,7 +19,7 @@ struct AmxEngine {
   using T = bf16;
   using P = bf16;
   static constexpr int NR = 32, KR = 32;
-  static constexpr int BR = 64, BC = 128;
+  static constexpr int BR = 64, BC = 128, kExpDegree = 4;
 
   static void enter() { _tile_loadconfig(&cpu::kTileConfig); }
   static void leave() { _tile_release(); }

@@ -13,7 +13,7 @@ struct FmaEngine {
   using T = Element;
   using P = float;
   static constexpr int NR = 2 * LK_LANES, KR = 2;
-  static constexpr int BR = 64, BC = 128;
+  static constexpr int BR = 64, BC = 128, kExpDegree = 6;
 
   static void enter() {}
   static void leave() {}

@@ -1,5 +1,4 @@
-// Scores of one row against a strip of keys: biases, masks, visible ranges. Everything after the
-// product is in units of log2, so that weights are powers of two.
+// Scores of one row against a strip of keys: biases, masks, visible ranges.
 #pragma once
 
 #include "../common/vector_math.h"
@@ -19,18 +18,17 @@ struct Head {
   Sequence span;
   int64_t offset;  // a row's position among the keys
   int64_t left, right;
-  float scale2, cap_in, cap_out, slope2;  // slope2 0: none
+  float scale, cap_in, cap, slope;  // 0: no softcap, no slope
   Mask mask;
   DropoutParams dropout;
   float keep_scale;
 
   Head(const Problem& p, int64_t b, int64_t h)
       : b(b), h(h), stream(b * p.heads + h), span(p.sequences[b]), left(p.left), right(p.right),
-        scale2(p.scale * kLog2E), mask(p.mask), dropout(p.dropout), keep_scale(p.keep_scale) {
+        scale(p.scale), cap(p.softcap), mask(p.mask), dropout(p.dropout), keep_scale(p.keep_scale) {
     offset = span.keys - span.rows;
     cap_in = p.softcap != 0.0f ? p.scale / p.softcap : 0.0f;
-    cap_out = p.softcap * kLog2E;
-    slope2 = p.slopes != nullptr ? p.slopes[b * p.slopes_batch + h] * kLog2E : 0.0f;
+    slope = p.slopes != nullptr ? p.slopes[b * p.slopes_batch + h] : 0.0f;
   }
 
   // Keys that row i sees; both ends rise with i.
@@ -75,32 +73,39 @@ inline Vec masked(const Head& head, int64_t i, int64_t j, int64_t count, Vec z) 
       return choose(hidden, broadcast(-kInfinity), z);
     }
     case MaskKind::kFloat32:
-      return z + mask_values<float>(m, at, count) * kLog2E;
+      return z + mask_values<float>(m, at, count);
     case MaskKind::kBFloat16:
-      return z + mask_values<bf16>(m, at, count) * kLog2E;
+      return z + mask_values<bf16>(m, at, count);
     case MaskKind::kFloat16:
-      return z + mask_values<fp16>(m, at, count) * kLog2E;
+      return z + mask_values<fp16>(m, at, count);
     default:
       return z;
   }
 }
 
-// log2-scores of row i and keys j.. from the product s; `slope` is 1 - tanh^2 below a softcap.
+// 2^((z - base) / ln 2). The difference is rounded before its factor: rounding the factor first
+// would err by a share of z, which may be thousands.
+template <class E>
+inline Vec weights_of(Vec z, float base) {
+  return exp2_vec<E::kExpDegree>((z - base) * kLog2E);
+}
+
+// Scores of row i and keys j.. from the product s; `slope` is 1 - tanh^2 below a softcap.
 template <bool kPlain>
 inline Vec biased(const Head& head, int64_t i, int64_t j, Vec s, Vec* slope = nullptr) {
-  if constexpr (kPlain) return s * head.scale2;
+  if constexpr (kPlain) return s * head.scale;
   Vec z;
   if (head.cap_in != 0.0f) {
     const Vec t = tanh_vec(s * head.cap_in);
-    z = t * head.cap_out;
+    z = t * head.cap;
     if (slope != nullptr) *slope = 1.0f - t * t;
   } else {
-    z = s * head.scale2;
+    z = s * head.scale;
     if (slope != nullptr) *slope = broadcast(1.0f);
   }
-  if (head.slope2 != 0.0f) {
+  if (head.slope != 0.0f) {
     const Vec lane = __builtin_convertvector(lane_numbers(), Vec);
-    z -= head.slope2 * absolute(static_cast<float>(i + head.offset - j) - lane);
+    z -= head.slope * absolute(static_cast<float>(i + head.offset - j) - lane);
   }
   return masked(head, i, j, head.span.keys - j, z);
 }

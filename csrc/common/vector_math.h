@@ -11,7 +11,6 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504088896341f;
-constexpr float kLn2 = 0.693147180559945309f;
 
 inline Vec broadcast(float f) { return f - Vec{}; }
 inline Vec choose(IVec mask, Vec yes, Vec no) {
@@ -44,27 +43,37 @@ inline IVec lanes_between(int64_t from, int64_t to) {
   return (IVec)(lane >= low) & (IVec)(lane < high);
 }
 
-// 2^f for |f| <= 1/2, relative error 2e-7: the Taylor series to f^6.
+// 2^f for |f| <= 1/2 by a minimax polynomial (fitted to the relative error): 1.9e-9 at degree 6,
+// 2.6e-6 at degree 4, which is plenty for a weight that becomes bf16.
+template <int kDegree>
 inline Vec exp2_fraction(Vec f) {
-  Vec p = f * 1.5403530e-4f + 1.3333558e-3f;
-  p = p * f + 9.6181291e-3f;
-  p = p * f + 5.5504109e-2f;
-  p = p * f + 2.4022651e-1f;
-  p = p * f + 6.9314718e-1f;
+  static_assert(kDegree == 4 || kDegree == 6, "two polynomials are fitted");
+  if constexpr (kDegree == 4) {
+    Vec p = f * 0.00957010128f + 0.0559178591f;
+    p = p * f + 0.240247443f;
+    p = p * f + 0.693121791f;
+    return p * f + 0.999999285f;
+  }
+  Vec p = f * 0.000153458124f + 0.00133999309f;
+  p = p * f + 0.00961848907f;
+  p = p * f + 0.0555032864f;
+  p = p * f + 0.240226462f;
+  p = p * f + 0.693147182f;
   return p * f + 1.0f;
 }
 
-// 2^x for x < 128, error below 2 ulp, 0 or a subnormal below -126; NaN stays NaN.
+// 2^x for x < 128, of one ulp at degree 6, 0 or a subnormal below -126; NaN stays NaN.
+template <int kDegree>
 inline Vec exp2_vec(Vec x) {
 #if LK_LANES == 16 && defined(__AVX512F__)
   const __m512 bounded = _mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);
   const __m512 n = _mm512_roundscale_ps(bounded, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  return (Vec)_mm512_scalef_ps((__m512)exp2_fraction((Vec)_mm512_sub_ps(bounded, n)), n);
+  return (Vec)_mm512_scalef_ps((__m512)exp2_fraction<kDegree>((Vec)_mm512_sub_ps(bounded, n)), n);
 #else
   const IVec tiny = (IVec)(x < broadcast(-126.0f));
   const Vec bounded = choose(tiny, Vec{}, x);
   const Vec shifted = bounded + 12582912.0f;  // an integer in the low bits
-  const Vec p = exp2_fraction(bounded - (shifted - 12582912.0f));
+  const Vec p = exp2_fraction<kDegree>(bounded - (shifted - 12582912.0f));
   const Vec scale = (Vec)(((IVec)shifted - (0x4b400000 - 127)) << 23);
   return select(~tiny, p * scale);
 #endif

@@ -125,7 +125,7 @@ def test_opcheck(backend, lengths, layout):
         needs[4] = needs[4] and mask != ""
         for dlse in (None, torch.randn_like(lse)):
             opcheck(BWD, (torch.randn_like(out), dlse, out, lse, *arguments, needs, backend))
-    assert _registry.find("attention").schemas == (FWD.name(), BWD.name())
+    assert _registry.find("attention").schemas[:2] == (FWD.name(), BWD.name())
 
 
 GRADCHECK = {

@@ -33,6 +33,7 @@ COLUMNS: dict[str, str] = {
     "sdpa": "`aten`, SDPA path",
     "bands": "`aten`, SDPA in bands",
     "blocked": "`aten`, blocked path",
+    "cpu": "`cpu`",
     "triton": "`triton`",
 }
 
@@ -54,6 +55,11 @@ _TRITON_LACKS: dict[str, str] = {
     "float64": "scores and sums are fp32 in the kernels",
 }
 
+_CPU_LACKS: dict[str, str] = {
+    "float64": "sums of the CPU kernels are fp32",
+    "gpu": "the CPU kernels take tensors of the CPU",
+}
+
 # What a mask for some rows at a time makes up for.
 _BANDS_HAVE = ("causal_unequal", "window", "masked_causal")
 
@@ -64,6 +70,7 @@ TABLE: dict[str, dict[str, bool | str]] = {
         name: name in _BANDS_HAVE or _SDPA_LACKS.get(name, True) for name in (*FEATURES, "gpu")
     },
     "blocked": dict.fromkeys(FEATURES, True),
+    "cpu": {name: _CPU_LACKS.get(name, True) for name in (*FEATURES, "gpu")},
     "triton": {name: _TRITON_LACKS.get(name, True) for name in FEATURES},
 }
 

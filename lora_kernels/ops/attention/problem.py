@@ -14,7 +14,7 @@ from lora_kernels.ops import _dispatch, _evidence
 from lora_kernels.ops.attention import capabilities
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BACKENDS = ("reference", "aten", "triton")
+BACKENDS = ("reference", "aten", "cpu", "triton")
 MASKS = ("", "bool", "additive")
 OP = "attention"
 
@@ -140,7 +140,15 @@ def choose(
     name = _dispatch.requested_backend(requested)
     if name == "auto" and problem.device != "cpu":
         return _evidence.choose(OP, BACKENDS, problem, direction, supports)
-    return _dispatch.resolve(OP, name, ("aten",), lambda b: supports(b, problem))
+
+    def answer(backend: str) -> tuple[bool, str]:
+        if backend == "cpu" and name == "auto":
+            from lora_kernels.ops.attention import cpu
+
+            return cpu.outruns_aten(problem)
+        return supports(backend, problem)
+
+    return _dispatch.resolve(OP, name, ("cpu", "aten"), answer)
 
 
 def launcher(problem: AttentionProblem, requested: str, direction: str) -> ModuleType:
