@@ -41,12 +41,15 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def subtitle(record: dict[str, Any]) -> str:
+def machine_line(record: dict[str, Any]) -> str:
     device = record["device"]
     isa = device["isa"][0].replace("_", "-").upper() if device["isa"] else device["capability"]
+    return f"{device['name']} ({isa}, {device['threads']} threads), torch {record['torch']}"
+
+
+def subtitle(record: dict[str, Any]) -> str:
     return (
-        f"{device['name']} ({isa}, {device['threads']} threads), torch {record['torch']}, "
-        f"rank {record['rank']}, dropout {record['dropout']:g}; median of "
+        f"{machine_line(record)}, rank {record['rank']}, dropout {record['dropout']:g}; median of "
         f"{record['rounds']} interleaved rounds"
     )
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import machine, providers, readme_table, record, report, run
+from benchmarks import machine, providers, quant_table, readme_table, record, report, run
 from benchmarks.gate import Gate
 from benchmarks.providers import Case
 from benchmarks.timing import Quartiles, measure
@@ -183,3 +183,16 @@ def test_memory_of_the_frozen_layer_is_its_tensors():
 
 def test_command_drops_output_paths():
     assert machine.command("m", ["--json", "x", "--rank", "4", "--png=y"]) == "python -m m --rank 4"
+
+
+def test_the_page_of_quantized_weights_shows_the_newest_record(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(quant_table.PAGE.read_text())
+    assert quant_table.main(["--page", str(page)]) == 0
+    assert page.read_text() == quant_table.PAGE.read_text()
+    result = json.loads(record.newest("quant_linear").read_text())
+    result["rows"][0]["median_us"] *= 2
+    assert quant_table.render(result) not in page.read_text()
+    page.write_text("no markers\n")
+    assert quant_table.main(["--page", str(page)]) == 1
+    assert page.read_text() == "no markers\n"
