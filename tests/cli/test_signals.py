@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -65,6 +66,55 @@ def test_options_may_stand_among_the_overrides(monkeypatch, capsys):
     assert ended.value.code == 2 and "--fast" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["predict", "run", "text", "--json", "more", "--nothing"])
+
+
+@pytest.fixture(scope="module")
+def signalled(tmp_path_factory):
+    yaml = pytest.importorskip("yaml")
+    pytest.importorskip("peft")
+    from tiny_bert import make_texts, tiny_config, write_csv, write_model
+
+    folder = tmp_path_factory.mktemp("signalled")
+    data = write_csv(folder / "texts.csv", make_texts(20))
+    config = tiny_config(write_model(folder / "model"), data, folder / "run")
+    (folder / "c.yaml").write_text(yaml.safe_dump(config))
+    script = Path(__file__).with_name("signalled_runs.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), str(folder)],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("moment", ["reading", "tokenizing", "evaluating before"])
+def test_a_signal_before_the_first_step_leaves_nothing(signalled, moment, which):
+    found = signalled[f"{moment} {which}"]
+    assert found["code"] == {"SIGTERM": 143, "SIGINT": 130}[which], found["error"]
+    assert found["entries"] == [] and "Traceback" not in found["error"]
+    assert found["equal"]  # the same command then does it all
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["SIGTERM", "SIGINT"])
+def test_a_signal_during_a_validation_stops_after_the_next_step(signalled, which):
+    found = signalled[f"evaluating between {which}"]
+    assert found["code"] == 75, found["error"]
+    assert f"stopped by {which} after step 5 of 12" in found["error"]
+    assert found["entries"] == ["run.checkpoints"] and "checkpoint-5" in found["left"]
+    assert found["equal"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["SIGTERM", "SIGINT"])
+def test_a_signal_after_the_last_step_keeps_the_checkpoints(signalled, which):
+    found = signalled[f"evaluating after {which}"]
+    assert found["code"] == {"SIGTERM": 143, "SIGINT": 130}[which], found["error"]
+    assert found["entries"] == ["run.checkpoints"] and "checkpoint-12" in found["left"]
+    assert found["equal"]
 
 
 @pytest.mark.slow
