@@ -106,7 +106,7 @@ def _layers(report: dict[str, Any]) -> list[str]:
 
 def _share(report: dict[str, Any]) -> str:
     share = 100.0 * report["trained_parameters"] / max(1, report["parameters"])
-    return f"{report['trained_parameters']:,} of {report['parameters']:,} parameters, {share:.2g} %"
+    return f"{report['trained_parameters']:,} of {report['parameters']:,} parameters, {share:.3g} %"
 
 
 def _ending(report: dict[str, Any]) -> list[str]:
