@@ -23,6 +23,8 @@ FLAGS = [
     "-O2", "-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas",
     "-U_FORTIFY_SOURCE", "-DLK_EMULATOR", "-DLK_PLANTED_FAULTS", f"-I{CSRC}",
 ]  # fmt: skip
+# Of the kernels for Hopper alone, those that use nothing but what the emulator has (hopper.h).
+EMULATED_HOPPER = tuple(f"attention/cuda/forward_sm90_{dtype}.cu" for dtype in ("bf16", "fp16"))
 MAX_GROUP, MAX_PAD_JOBS, MAX_TERMS = 8, 24, 16
 
 _i32, _i64, _f32, _ptr = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -106,7 +108,11 @@ def compiler() -> str | None:
 
 def _units(ops: tuple[str, ...]) -> list[Path]:
     rows = [line.split() for line in (CSRC / "sources.txt").read_text().splitlines()]
-    kernels = [CSRC / row[1] for row in rows if row[:1] == ["cuda"] and row[1].split("/")[0] in ops]
+    kernels = [
+        CSRC / path
+        for kind, path in (row for row in rows if len(row) == 2)
+        if path.split("/")[0] in ops and (kind == "cuda" or path in EMULATED_HOPPER)
+    ]
     emulator = sorted((CSRC / "common/emulator").glob("*.cpp"))
     return [*kernels, *emulator, *sorted((ROOT / "tests/csrc/emulator").glob("*.cpp"))]
 

@@ -94,6 +94,15 @@ LK_DEVICE uint32_t shuffle_xor(uint32_t value, int mask) {
 #endif
 }
 
+// A value that is the same in the whole warp, told to the compiler.
+LK_DEVICE int warp_uniform(int value) {
+#if defined(LK_EMULATOR)
+  return value;
+#else
+  return __shfl_sync(0xffffffffu, value, 0);
+#endif
+}
+
 // Sum over a warp, in the same order in every lane.
 LK_DEVICE float warp_sum(float value) {
   for (int mask = 16; mask > 0; mask /= 2) {

@@ -16,7 +16,7 @@
 #include "dtype.h"
 
 #if defined(LK_EMULATOR)
-#include "emulator/runtime.h"
+#include "emulator/scheduler.h"
 #else
 #include <cuda_runtime_api.h>
 #endif
@@ -43,7 +43,7 @@ struct Place {
   explicit Place(const Tensor&) {}
   cudaStream_t stream = nullptr;
   int sm_count = 2;
-  bool hopper = false;
+  bool hopper = emulator::shared_limit() >= size_t{227} << 10;  // only Hopper has as much
 };
 
 #else

@@ -3,20 +3,47 @@
 // outside of the tensor is read as zero, counts as transferred, and is never written.
 #pragma once
 
-#include <cuda.h>
-
 #include "gpu.h"
+#include "tensor_map.h"
 
 namespace lora_kernels {
 
-LK_DEVICE uint64_t map_address(const CUtensorMap* map) { return reinterpret_cast<uint64_t>(map); }
+#if !defined(LK_EMULATOR)
+LK_DEVICE uint64_t map_address(const TensorMap* map) { return reinterpret_cast<uint64_t>(map); }
+#endif
 
-LK_DEVICE void tma_prefetch(const CUtensorMap* map) {
+LK_DEVICE void tma_prefetch([[maybe_unused]] const TensorMap* map) {
+#if !defined(LK_EMULATOR)
   asm volatile("prefetch.tensormap [%0];" ::"l"(map_address(map)) : "memory");
+#endif
 }
 
+// A box of a tensor of four dimensions.
+LK_DEVICE void tma_load(uint32_t destination, const TensorMap* map, uint32_t barrier, int c0,
+                        int c1, int c2, int c3) {
+#if defined(LK_EMULATOR)
+  emulator::tma_load(destination, map, barrier, {c0, c1, c2, c3});
+#else
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(destination),
+      "l"(map_address(map)), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+#endif
+}
+
+// Ordinary stores of this thread to shared memory become visible to the copy engine and to wgmma;
+// a barrier with the thread that starts them follows.
+LK_DEVICE void async_proxy_fence() {
+#if !defined(LK_EMULATOR)
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+#if !defined(LK_EMULATOR)
+
 // A box into this block's shared memory; its bytes complete on `barrier`.
-LK_DEVICE void tma_load(uint32_t destination, const CUtensorMap* map, uint32_t barrier, int column,
+LK_DEVICE void tma_load(uint32_t destination, const TensorMap* map, uint32_t barrier, int column,
                         int row) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
@@ -27,7 +54,7 @@ LK_DEVICE void tma_load(uint32_t destination, const CUtensorMap* map, uint32_t b
 
 // A box into the same place of every block whose bit is set in `blocks`; its bytes complete on the
 // barrier at the address of `barrier` in each of them.
-LK_DEVICE void tma_load_multicast(uint32_t destination, const CUtensorMap* map, uint32_t barrier,
+LK_DEVICE void tma_load_multicast(uint32_t destination, const TensorMap* map, uint32_t barrier,
                                   int column, int row, uint16_t blocks) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
@@ -37,7 +64,7 @@ LK_DEVICE void tma_load_multicast(uint32_t destination, const CUtensorMap* map, 
 }
 
 // A box from shared memory, as part of this thread's current bulk group.
-LK_DEVICE void tma_store(const CUtensorMap* map, uint32_t source, int column, int row) {
+LK_DEVICE void tma_store(const TensorMap* map, uint32_t source, int column, int row) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(
                    map_address(map)),
                "r"(source), "r"(column), "r"(row)
@@ -55,8 +82,6 @@ LK_DEVICE void tma_store_wait_read() {
 // All of this thread's groups have been written.
 LK_DEVICE void tma_store_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
-// Ordinary stores of this thread to shared memory become visible to the copy engine and to wgmma;
-// a barrier with the thread that starts them follows.
-LK_DEVICE void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+#endif
 
 }  // namespace lora_kernels

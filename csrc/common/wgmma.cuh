@@ -8,7 +8,46 @@
 
 #include "convert.cuh"
 
+#if defined(LK_EMULATOR)
+#include "emulator/hopper.h"
+#endif
+
 namespace lora_kernels {
+
+#if defined(LK_EMULATOR)
+
+LK_DEVICE void wgmma_fence() {}
+LK_DEVICE void wgmma_commit() { emulator::wgmma_commit(); }
+template <int kPending>
+LK_DEVICE void wgmma_wait() {
+  if (!LK_FAULT(kMissingBarrier)) emulator::wgmma_wait(kPending);
+}
+template <class Register, int kCount>
+LK_DEVICE void pin_registers(Register (&)[kCount]) {}
+
+template <typename T, bool kTransposedB, int kCount>
+LK_DEVICE void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, int accumulate) {
+  emulator::wgmma({d, kCount, accumulate, nullptr, a, b, kTransposedB,
+                   [](uint16_t bits) { return to_float(T{bits}); }});
+}
+template <typename T, bool kTransposedB, int kCount>
+LK_DEVICE void wgmma(float (&d)[kCount], const uint32_t* a, uint64_t b, int accumulate) {
+  if (LK_FAULT(kFragmentOrder)) b += 2048 / 16;  // the rows of the next step
+  emulator::wgmma({d, kCount, accumulate, a, 0, b, kTransposedB,
+                   [](uint16_t bits) { return to_float(T{bits}); }});
+}
+
+template <int kRegisters>
+LK_DEVICE void give_registers() {}
+template <int kRegisters>
+LK_DEVICE void take_registers() {}
+
+LK_DEVICE void store_matrix_x4(uint32_t row_address, uint32_t r0, uint32_t r1, uint32_t r2,
+                               uint32_t r3) {
+  emulator::store_matrix_x4(row_address, {r0, r1, r2, r3});
+}
+
+#else
 
 // Orders this warpgroup's own accesses to the accumulators before the products that follow.
 LK_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -91,6 +130,39 @@ LK_DEVICE void wgmma(float (&d)[128], uint64_t a, uint64_t b, int accumulate) {
   }
 }
 
+// The same with A in registers: those of lane l of warp w hold, two to a register, row 16 w + l / 4
+// and columns 2 (l % 4) of A [64, 16], the row 8 below, then both again 8 columns on. So they are
+// 8 neighbouring accumulators of an earlier product, rounded.
+#define LK_WGMMA_REGISTERS(N, COUNT, TYPE, A0, A1, A2, A3, B, P, T)                            \
+  asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" P                        \
+               ", 0;\n"                                                                        \
+               "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE                  \
+               " {" LK_REGISTERS##COUNT "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" B         \
+               ", accumulate, 1, 1, %" T ";\n}\n"                                              \
+               : LK_ACC##COUNT(0)                                                              \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate),          \
+                 "n"(kTransposedB ? 1 : 0)                                                     \
+               : "memory")
+
+template <typename T, bool kTransposedB>
+LK_DEVICE void wgmma(float (&d)[32], const uint32_t* a, uint64_t b, int accumulate) {
+  if constexpr (is_bf16<T>::value) {
+    LK_WGMMA_REGISTERS("64", 32, "bf16", "32", "33", "34", "35", "36", "37", "38");
+  } else {
+    LK_WGMMA_REGISTERS("64", 32, "f16", "32", "33", "34", "35", "36", "37", "38");
+  }
+}
+
+template <typename T, bool kTransposedB>
+LK_DEVICE void wgmma(float (&d)[64], const uint32_t* a, uint64_t b, int accumulate) {
+  if constexpr (is_bf16<T>::value) {
+    LK_WGMMA_REGISTERS("128", 64, "bf16", "64", "65", "66", "67", "68", "69", "70");
+  } else {
+    LK_WGMMA_REGISTERS("128", 64, "f16", "64", "65", "66", "67", "68", "69", "70");
+  }
+}
+
+#undef LK_WGMMA_REGISTERS
 #undef LK_WGMMA
 #undef LK_REGISTERS32
 #undef LK_REGISTERS64
@@ -100,6 +172,12 @@ LK_DEVICE void wgmma(float (&d)[128], uint64_t a, uint64_t b, int accumulate) {
 #undef LK_ACC32
 #undef LK_ACC64
 #undef LK_ACC128
+
+template <int kCount>
+LK_DEVICE void pin_registers(uint32_t (&a)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(a[i])::"memory");
+}
 
 // Hands registers back to, or takes them from, the other warpgroups of the block. Every warp of the
 // warpgroup calls it; the sum over all warpgroups may not exceed what the block started with.
@@ -123,5 +201,7 @@ LK_DEVICE void store_matrix_x4(uint32_t row_address, uint32_t r0, uint32_t r1, u
       "r"(r0), "r"(r1), "r"(r2), "r"(r3)
       : "memory");
 }
+
+#endif
 
 }  // namespace lora_kernels

@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "../../common/stable_torch.h"
+#include "forward_sm90.h"
 #include "launch.h"
 
 namespace lora_kernels::attention::cuda {
@@ -155,11 +156,28 @@ struct Problem {
   }
 };
 
+void run_forward(const ForwardParams& p, const std::string& kernel, const Place& place) {
+  require(check(p));
+  const bool named = kernel == "sm90";
+  if (named) {
+    require(place.hopper, "the sm_90a kernel needs compute capability 9.0");
+    require(check_forward_sm90(p));
+  } else {
+    require(kernel == "auto" || kernel == "sm80",
+            "the kernel is unknown; accepted: auto, sm80, sm90");
+  }
+  if (named || (kernel == "auto" && place.hopper && check_forward_sm90(p) == nullptr)) {
+    return check_launch(launch_forward_sm90(p, place.stream),
+                        "attention_forward_sm90");
+  }
+  check_launch(launch_forward_sm80(p, place.stream), "attention_forward_sm80");
+}
+
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> sinks,
                                    std::optional<Tensor> cu_rows, std::optional<Tensor> cu_keys,
                                    std::optional<Tensor> slopes, std::optional<Tensor> seed,
                                    double scale, int64_t left, int64_t right, double softcap,
-                                   double keep_scale, int64_t threshold) {
+                                   double keep_scale, int64_t threshold, std::string kernel) {
   const Place place(q);
   const Problem problem(q, k, v, sinks, cu_rows, cu_keys, slopes, seed,
                         {scale, left, right, softcap, keep_scale, threshold});
@@ -172,9 +190,7 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::optional<T
     out = stable::empty(q, {a.rows, a.heads, a.head_dim});
     lse = stable::empty(q, {a.heads, a.rows}, ScalarType::Float);
   }
-  const ForwardParams p{a, as_results(out), static_cast<float*>(lse.mutable_data_ptr())};
-  require(check(p));
-  check_launch(launch_forward_sm80(p, place.stream), "attention_forward");
+  run_forward({a, as_results(out), static_cast<float*>(lse.mutable_data_ptr())}, kernel, place);
   return {out, lse};
 }
 
@@ -238,7 +254,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(LK_LIBRARY, m) {
   m.def(
       "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? cu_rows, "
       "Tensor? cu_keys, Tensor? slopes, Tensor? seed, float scale, int left, int right, "
-      "float softcap, float keep_scale, int threshold) -> (Tensor out, Tensor lse)");
+      "float softcap, float keep_scale, int threshold, str kernel) -> (Tensor out, Tensor lse)");
   m.def(
       "attention_bwd(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor q, Tensor k, "
       "Tensor v, Tensor? sinks, Tensor? cu_rows, Tensor? cu_keys, Tensor? slopes, Tensor? seed, "

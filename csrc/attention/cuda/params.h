@@ -48,6 +48,13 @@ struct AttentionParams {
   const int64_t* seed;      // device memory, read where there is dropout
 };
 
+LK_HOST_DEVICE inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Places of tiles of `size` out of `extent` rows (or keys).
+inline int64_t count_places(const AttentionParams& p, int extent, int size) {
+  return p.cu_rows == nullptr ? p.batch * ceil_div(extent, size) : extent / size + p.batch;
+}
+
 struct ForwardParams {
   AttentionParams a;
   Results out;

@@ -22,13 +22,6 @@ struct Sequence {
   LK_DEVICE int offset() const { return keys - rows; }  // the last query stands at the last key
 };
 
-LK_HOST_DEVICE inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Places of tiles of `size` out of `extent` rows (or keys).
-inline int64_t count_places(const AttentionParams& p, int extent, int size) {
-  return p.cu_rows == nullptr ? p.batch * ceil_div(extent, size) : extent / size + p.batch;
-}
-
 // Of queries, or where kOfKeys of keys.
 template <int kSize, bool kOfKeys>
 LK_DEVICE Sequence find_sequence(const AttentionParams& p, int place) {

@@ -48,7 +48,7 @@ struct Warp {
 
 struct Barrier {
   std::vector<int> waiting;
-  int threads = 0;
+  int threads = 0, arrived = 0;  // arrived without waiting
 };
 
 struct Range {
@@ -76,6 +76,14 @@ struct Machine {
 
 Machine machine;
 
+// A static of its own: the unit registers itself before main, in whatever order.
+AsyncUnit& async_unit() {
+  static AsyncUnit unit{[] {}, [] { return false; }, [] {}};
+  return unit;
+}
+
+}  // namespace
+
 uint32_t draw(uint32_t below) {  // xorshift64*
   uint64_t& r = machine.random;
   r ^= r >> 12;
@@ -84,6 +92,8 @@ uint32_t draw(uint32_t below) {  // xorshift64*
   return static_cast<uint32_t>(((r * 0x2545F4914F6CDD1Dull) >> 33) % below);
 }
 
+namespace {
+
 void ready(int thread) { machine.warps[thread / kWarp].ready.push_back(thread); }
 
 void wait() { machine.current->fiber.yield(machine.scheduler); }
@@ -91,7 +101,7 @@ void wait() { machine.current->fiber.yield(machine.scheduler); }
 void release(Barrier& b) {
   for (int t : b.waiting) ready(t);
   b.waiting.clear();
-  b.threads = 0;
+  b.threads = b.arrived = 0;
 }
 
 // Threads that return lower the number that a full barrier waits for.
@@ -136,6 +146,7 @@ void start_block(int count) {
   std::memset(m.shared_begin, kPoison, m.shared_bytes + kGuard);
   m.warps.assign((count + kWarp - 1) / kWarp, Warp{});
   for (Barrier& b : m.barriers) b = Barrier{};
+  async_unit().reset();
   m.alive = count;
   for (int t = 0; t < count; ++t) {
     Thread& thread = *m.threads[t];
@@ -167,8 +178,13 @@ void run_block(int count) {
   start_block(count);
   m.warp = 0;
   while (m.alive > 0 && !m.failed) {
+    if (async_unit().busy() && draw(512) == 0) async_unit().step();  // mostly late
     const int w = pick_warp();
     if (w < 0) {
+      if (async_unit().busy()) {
+        async_unit().step();
+        continue;
+      }
       m.error = "deadlock: every live thread waits at a barrier or a warp-wide instruction";
       m.failed = true;
       return;
@@ -181,6 +197,10 @@ void run_block(int count) {
     queue.pop_back();
     thread_index = m.current->index;
     m.current->fiber.resume(m.scheduler);
+  }
+  if (!m.failed && async_unit().busy()) {
+    m.error = "a copy was under way when its block ended";
+    m.failed = true;
   }
   for (size_t i = 0; i < kGuard && !m.failed; ++i) {
     if (m.shared_begin[m.shared_bytes + i] != kPoison) {
@@ -255,10 +275,12 @@ void barrier(int id, int threads) {
   Machine& m = machine;
   if (id < 0 || id >= kBarriers) fail("named barrier out of range");
   Barrier& b = m.barriers[id];
-  if (!b.waiting.empty() && b.threads != threads) fail("a barrier with two thread counts");
+  if ((!b.waiting.empty() || b.arrived > 0) && b.threads != threads) {
+    fail("a barrier with two thread counts");
+  }
   b.threads = threads;
   const int needed = threads == 0 ? m.alive : threads;
-  if (static_cast<int>(b.waiting.size()) + 1 < needed) {
+  if (static_cast<int>(b.waiting.size()) + b.arrived + 1 < needed) {
     b.waiting.push_back(m.current->id);
     wait();
     return;
@@ -267,6 +289,24 @@ void barrier(int id, int threads) {
   ready(m.current->id);  // nobody has a head start
   wait();
 }
+
+void barrier_arrive(int id, int threads) {
+  if (id < 1 || id >= kBarriers) fail("named barrier out of range");
+  Barrier& b = machine.barriers[id];
+  if ((!b.waiting.empty() || b.arrived > 0) && b.threads != threads) {
+    fail("a barrier with two thread counts");
+  }
+  b.threads = threads;
+  ++b.arrived;
+  const int there = static_cast<int>(b.waiting.size()) + b.arrived;
+  if (there > threads) fail("more arrivals at a barrier than it counts");
+  if (there == threads) release(b);
+}
+
+void set_async_unit(AsyncUnit unit) { async_unit() = unit; }
+int current_thread() { return machine.current->id; }
+void suspend() { wait(); }
+void wake(int thread) { ready(thread); }
 
 void warp_collective(const char* name, WarpFunction all, const void* in, void* out) {
   Machine& m = machine;

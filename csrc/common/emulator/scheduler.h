@@ -57,9 +57,23 @@ struct SharedPhases {
 };
 SharedPhases& shared_phases();
 
+// Work that goes on beside the threads (copies by the copy engine): busy() tells whether there is
+// some, step() does a part of it; reset() begins a block.
+struct AsyncUnit {
+  void (*reset)();
+  bool (*busy)();
+  void (*step)();
+};
+void set_async_unit(AsyncUnit);
+uint32_t draw(uint32_t below);  // from the seed
+
 // ---- called by fibers ---------------------------------------------------------------------------
 unsigned char* dynamic_shared();
 void barrier(int id, int threads);  // threads = 0: all that have not returned
+void barrier_arrive(int id, int threads);
+void suspend();         // until some thread or the asynchronous unit calls wake()
+int current_thread();
+void wake(int thread);
 
 // A warp-wide instruction: `all` runs once, when every lane has arrived, and computes the 32
 // outputs from the 32 inputs.
@@ -82,3 +96,8 @@ void check_global(const void* p, size_t bytes, size_t alignment);
 #define gridDim lora_kernels::emulator::grid_extent
 
 inline void __syncthreads() { lora_kernels::emulator::barrier(0, 0); }
+
+inline void __syncwarp() {
+  lora_kernels::emulator::warp_collective(
+      "syncwarp", [](const void* const*, void* const*) {}, nullptr, nullptr);
+}

@@ -1,20 +1,25 @@
 """attention on the CUDA C++ kernels of csrc/attention/cuda (library lora_kernels/_cuda.so).
 
-Forward and backward run mma.sync kernels on compute capability 8.0 and newer.
+Forward and backward run mma.sync kernels on compute capability 8.0 and newer; on 9.0 the forward
+takes the wgmma kernel where there is no softcap, ALiBi or dropout. Another kernel of the forward by
+name, for tuners and tests: LORA_KERNELS_CUDA_ATTENTION, one of KERNELS.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_kernels._backends import cuda as backend
+from lora_kernels.errors import InvalidArgumentError
 from lora_kernels.ops._philox import keep_scale, threshold
 from lora_kernels.ops.attention import capabilities
 from lora_kernels.ops.attention.problem import AttentionProblem
 
+KERNELS = ("auto", "sm80", "sm90")
 _MAX_EXTENT, _MAX_HEADS = 2**30, 65535
 
 
@@ -31,6 +36,15 @@ def supports(problem: AttentionProblem) -> tuple[bool, str]:
         return False, f"{problem.H} heads are too many; at most {_MAX_HEADS}"
     reason = backend.device_reason()
     return not reason, reason or "CUDA C++ kernels"
+
+
+def _kernel() -> str:
+    name = os.environ.get("LORA_KERNELS_CUDA_ATTENTION", "") or "auto"
+    if name not in KERNELS:
+        raise InvalidArgumentError(
+            f"LORA_KERNELS_CUDA_ATTENTION={name!r} is unknown; accepted: {', '.join(KERNELS)}"
+        )
+    return name
 
 
 def _float(t: Tensor | None) -> Tensor | None:
@@ -69,7 +83,7 @@ def attention_fwd(
         q, k, v, sinks, cu_seqlens, cu_seqlens_k, alibi_slopes, seed, scale, window, softcap,
         dropout_p,
     )  # fmt: skip
-    return library.attention_fwd(*shared)
+    return library.attention_fwd(*shared, _kernel())
 
 
 def attention_bwd(
