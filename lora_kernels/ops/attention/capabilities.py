@@ -23,7 +23,9 @@ FEATURES: dict[str, str] = {
     "dropout": "dropout (counter based)",
     "lse_gradient": "gradient through the returned log-sum-exp",
     "empty": "no queries or no keys",
+    "head_dim": "head sizes other than 64 and 128",
     "float64": "fp64",
+    "float32": "fp32",
     "float16": "fp16",
     "bfloat16": "bf16",
 }
@@ -35,6 +37,7 @@ COLUMNS: dict[str, str] = {
     "blocked": "`aten`, blocked path",
     "cpu": "`cpu`",
     "triton": "`triton`",
+    "cuda": "`cuda`",
 }
 
 _SDPA_LACKS: dict[str, str] = {
@@ -60,6 +63,18 @@ _CPU_LACKS: dict[str, str] = {
     "gpu": "the CPU kernels take tensors of the CPU",
 }
 
+_NO_MASK = "the kernels read no mask of queries x keys"
+_CUDA_LACKS: dict[str, str] = {
+    "value_dim": "the kernels want value heads as wide as query heads",
+    "bool_mask": _NO_MASK,
+    "additive_mask": _NO_MASK,
+    "masked_causal": _NO_MASK,
+    "mask_gradient": _NO_MASK,
+    "head_dim": "the kernels are for head sizes 64 and 128",
+    "float64": "the kernels are for bf16 and fp16",
+    "float32": "the kernels are for bf16 and fp16",
+}
+
 # What a mask for some rows at a time makes up for.
 _BANDS_HAVE = ("causal_unequal", "window", "masked_causal")
 
@@ -72,13 +87,14 @@ TABLE: dict[str, dict[str, bool | str]] = {
     "blocked": dict.fromkeys(FEATURES, True),
     "cpu": {name: _CPU_LACKS.get(name, True) for name in (*FEATURES, "gpu")},
     "triton": {name: _TRITON_LACKS.get(name, True) for name in FEATURES},
+    "cuda": {name: _CUDA_LACKS.get(name, True) for name in FEATURES},
 }
 
 
 def lacking(column: str, features: frozenset[str]) -> str:
     """Why `column` cannot do a problem with these features; empty when it can."""
     reasons = [answer for name, answer in TABLE[column].items() if name in features]
-    return "; ".join(reason for reason in reasons if isinstance(reason, str))
+    return "; ".join(dict.fromkeys(reason for reason in reasons if isinstance(reason, str)))
 
 
 def aten_path(features: frozenset[str]) -> tuple[str, str]:

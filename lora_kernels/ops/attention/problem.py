@@ -14,7 +14,7 @@ from lora_kernels.ops import _dispatch, _evidence
 from lora_kernels.ops.attention import capabilities
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BACKENDS = ("reference", "aten", "cpu", "triton")
+BACKENDS = ("reference", "aten", "cpu", "triton", "cuda")
 MASKS = ("", "bool", "additive")
 OP = "attention"
 
@@ -104,7 +104,9 @@ class AttentionProblem:
             "dropout": self.dropout_p != 0.0,
             "lse_gradient": self.lse_gradient,
             "empty": 0 in (self.B, self.S, self.Sk),
+            "head_dim": self.D not in (64, 128),
             "float64": self.dtype == torch.float64,
+            "float32": self.dtype == torch.float32,
             "float16": self.dtype == torch.float16,
             "bfloat16": self.dtype == torch.bfloat16,
             "gpu": self.device != "cpu",
