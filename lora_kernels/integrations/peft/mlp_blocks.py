@@ -49,7 +49,8 @@ def recompute_activations(model: nn.Module) -> tuple[list[dict[str, Any]], list[
             "status": STOCK if reason else FUSED, "reason": reason,
         })  # fmt: skip
         if not reason and not isinstance(block, RecomputedMlp):
-            block.__class__ = _recomputed_class(type(block))
+            cls: Any = type(block)
+            block.__class__ = _recomputed_class(cls)
             changed.append(block)
     return entries, changed
 
