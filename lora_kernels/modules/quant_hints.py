@@ -66,14 +66,17 @@ def hints_from_config(config: Mapping[str, Any], dtype: torch.dtype | None = Non
 
 
 def _gptq_layout(config: Mapping[str, Any]) -> str:
-    version = config.get("checkpoint_format") or "gptq"
+    if config.get("is_marlin_format"):
+        _refuse("is_marlin_format", True, "False")
+    version = config.get("checkpoint_format") or config.get("format") or "gptq"
     if version not in ("gptq", "gptq_v2"):
         _refuse("checkpoint_format", version, "gptq, gptq_v2")
     return "gptq_v1" if version == "gptq" else "gptq"
 
 
 def _awq_layout(config: Mapping[str, Any]) -> str:
-    version = str(config.get("version", config.get("format", "gemm"))).lower()
-    if version != "gemm":
-        _refuse("version", version, "gemm")
+    for key in ("version", "format", "checkpoint_format"):
+        version = str(config.get(key) or "gemm").lower()
+        if version != "gemm":
+            _refuse(key, version, "gemm")
     return "awq"

@@ -30,6 +30,7 @@ from lora_kernels.ops.quant_linear.quant_tensor import QuantTensor
 DESCRIPTION = "quant_spec"
 _MAX_DESCRIPTION = 512
 _FP8_SCALES = ("weight_scale_inv", "weight_scale")
+_FP8_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 # Ending that marks a quantized layer, kind, and the dtypes that the tensor at it must have.
 _MARKS: tuple[tuple[str, str], ...] = (
     (f"{checkpoint_bitsandbytes.BLOB}nf4", "flat"),
@@ -176,18 +177,19 @@ def _read_fp8(
     weight = reader.tensor("weight", (torch.float8_e4m3fn,), 2)
     n, k = weight.shape
     name = next(s for s in _FP8_SCALES if reader.has(s))
-    scale = reader.tensor(name, (torch.float32, torch.bfloat16, torch.float16)).float()
+    scale = reader.tensor(name, _FP8_SCALE_DTYPES).float()
     reader.check_finite(name, scale)
     spec = QuantSpec(
         "fp8", formats.FP8_TENSOR, (n, k), dtype, max(1, k), 0, False, torch.float8_e4m3fn
     )
     inverse = name == "weight_scale_inv"
-    if scale.dim() == 0 or (scale.numel() == 1 and n != 1 and not inverse):
+    block = block_size if block_size is not None and block_size > 0 else 128
+    tiles = (-(-n // block), -(-k // block))
+    one = scale.numel() == 1 and (tuple(scale.shape) != tiles if inverse else n != 1)
+    if scale.dim() == 0 or one:
         return spec, {"packed": weight, "scale": scale.reshape(())}
     if tuple(scale.shape) in ((n,), (n, 1)) and not inverse:
         return replace(spec, layout=formats.FP8_ROW), {"packed": weight, "scale": scale.reshape(n)}
-    block = block_size if block_size is not None and block_size > 0 else 128
-    tiles = (-(-n // block), -(-k // block))
     if tuple(scale.shape) != tiles:
         reader.fail(
             name,

@@ -64,7 +64,7 @@ def read(
         if low < 0 or high >= groups:
             reader.fail("g_idx", f"goes from {low} to {high}; scales of {groups} groups need 0 to "
                                  f"{groups - 1}")  # fmt: skip
-        g_idx = g_idx.int()
+        g_idx = trivial if high == 0 and groups > 1 else g_idx.int()  # all 0: never filled in
         act_order = not torch.equal(g_idx, trivial)
     spec = _spec(layout or _version(reader, qzeros), (n, k), dtype or scales.dtype, size, act_order)
     return spec, {"qweight": qweight, "qzeros": qzeros, "scales": scales, "g_idx": g_idx.int()}
