@@ -107,7 +107,8 @@ def assert_units(found: list[ahead_of_time.Compiled], case: Case) -> None:
                 assert "v_mfma_f32_16x16" in made.compiled.asm["amdgcn"], made
         if made.kernel == "dequantize_flat" and made.is_cuda and made.constants["EVEN"]:
             assert "STG.E.128" in made._dump("-sass"), made
-            assert made.shared == 0, f"{made}: moves elements between threads"
+            moved = case.dtype != FP32 and made.shared  # fp32: a thread's elements are two stores
+            assert not moved, f"{made}: moves elements between threads"
 
 
 def assert_all(compile_case, case: Case) -> list[ahead_of_time.Compiled]:
