@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_kernels.ops import _mkl_dispatch
 from lora_kernels.ops._explain import explain
-from lora_kernels.ops.attention import attention
+from lora_kernels.ops.attention import attention, attention_decode
 from lora_kernels.ops.dora_linear import dora_linear
 from lora_kernels.ops.gated_activation import gated_activation
 from lora_kernels.ops.linear_cross_entropy import linear_cross_entropy
@@ -14,6 +14,7 @@ from lora_kernels.ops.rope import rope
 
 __all__ = [
     "attention",
+    "attention_decode",
     "dequantize",
     "dora_linear",
     "explain",

@@ -16,7 +16,11 @@ OPS: tuple[OpSpec, ...] = (
     OpSpec(
         name="attention",
         backends=attention.BACKENDS,
-        schemas=("lora_kernels::attention_fwd", "lora_kernels::attention_bwd"),
+        schemas=(
+            "lora_kernels::attention_fwd",
+            "lora_kernels::attention_bwd",
+            "lora_kernels::attention_decode",
+        ),
         problem=attention.AttentionProblem.from_shapes,
         supports=attention.supports,
         choose=attention.choose,

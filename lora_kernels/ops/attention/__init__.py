@@ -1,3 +1,4 @@
 from lora_kernels.ops.attention.api import attention
+from lora_kernels.ops.attention.decode import attention_decode
 
-__all__ = ["attention"]
+__all__ = ["attention", "attention_decode"]

@@ -15,7 +15,9 @@ from lora_kernels.ops.attention import capabilities
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BACKENDS = ("reference", "aten", "cpu", "triton", "cuda")
+CACHE_BACKENDS = ("reference", "aten", "triton")  # of attention_decode
 MASKS = ("", "bool", "additive")
+CACHES = ("", "contiguous", "paged")
 OP = "attention"
 
 
@@ -23,7 +25,8 @@ OP = "attention"
 class AttentionProblem:
     """q [B, S, H, D], k [B, Sk, Hk, D], v [B, Sk, Hk, Dv]; for `varlen`, B sequences of at most S.
 
-    `window` is (left, right) with causal folded in: right = 0. -1: unlimited.
+    `window` is (left, right) with causal folded in: right = 0. -1: unlimited. `cache`: k and v are
+    a cache of capacity Sk, contiguous or paged, for attention_decode.
     """
 
     B: int
@@ -44,6 +47,7 @@ class AttentionProblem:
     lse_gradient: bool = False
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+    cache: str = ""
 
     @classmethod
     def from_shapes(cls, **shapes: object) -> AttentionProblem:
@@ -61,6 +65,8 @@ class AttentionProblem:
             shapes.setdefault(name, shapes[twin])
         if shapes.setdefault("mask", "") not in MASKS:
             raise InvalidArgumentError(f"mask={shapes['mask']!r}; accepted: {MASKS}")
+        if shapes.setdefault("cache", "") not in CACHES:
+            raise InvalidArgumentError(f"cache={shapes['cache']!r}; accepted: {CACHES}")
         shapes["softcap"] = shapes.get("softcap") or 0.0
         window: Any = shapes.get("window") or (-1, -1)
         shapes["window"] = (window[0], 0 if shapes.pop("causal", False) else window[1])
@@ -126,6 +132,10 @@ class AttentionProblem:
 
 def supports(backend: str, problem: AttentionProblem) -> tuple[bool, str]:
     """Can this backend run this problem; the reason is for people."""
+    if problem.cache and backend not in CACHE_BACKENDS:
+        return False, f"{OP} has no {backend} kernels for a cache"
+    if problem.cache and backend == "aten":
+        return True, "the cache as a batch, masked"
     if backend == "reference":
         return True, "plain PyTorch, all scores at once"
     if backend == "aten":
@@ -142,6 +152,8 @@ def choose(
     name = _dispatch.requested_backend(requested)
     if name == "auto" and problem.device != "cpu":
         return _evidence.choose(OP, BACKENDS, problem, direction, supports)
+    if problem.cache:
+        return _dispatch.resolve(OP, name, ("aten",), lambda b: supports(b, problem))
 
     def answer(backend: str) -> tuple[bool, str]:
         if backend == "cpu" and name == "auto":

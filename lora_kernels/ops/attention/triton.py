@@ -83,7 +83,7 @@ def _kernels() -> _Kernels:
     )
 
 
-def _arithmetic() -> AbstractContextManager[None]:
+def arithmetic() -> AbstractContextManager[None]:
     if not _kernels().interpreted:
         return nullcontext()
     from lora_kernels._backends import triton_interpreter
@@ -91,7 +91,7 @@ def _arithmetic() -> AbstractContextManager[None]:
     return triton_interpreter.exact()
 
 
-def _on_device(t: Tensor) -> AbstractContextManager[Any]:
+def on_device(t: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device; t need not be there."""
     if not t.is_cuda or t.device.index == torch.cuda.current_device():
         return nullcontext()
@@ -103,6 +103,21 @@ def _target(device_type: str, index: int) -> triton_configs.Target:
     if device_type == "cpu":  # the interpreter takes the choices of a large device
         return triton_configs.target("sm_90", 132)
     return triton_configs.target(*backend.architecture(index))
+
+
+def target_of(t: Tensor) -> triton_configs.Target:
+    return _target(t.device.type, t.device.index or 0)
+
+
+def unit(*tensors: Tensor) -> int:
+    """A power of two that divides every stride but those of columns."""
+    return 8 if all(s % 8 == 0 for t in tensors for s in t.stride()[:-1]) else 1
+
+
+def precision(dtype: torch.dtype) -> str:
+    """fp32 products in TF32 only where torch's own would be."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
 
 
 class _Call:
@@ -137,9 +152,10 @@ class _Call:
         if slopes is not None:
             slope_strides = slopes.expand(self.B, self.H).stride()
         self.bias_strides = (mask_strides, slope_strides)
-        self.where = _target(q.device.type, q.device.index or 0)
+        self.where = target_of(q)
         self.burden = 2 if limit or self.mask_kind else 1 if softcap or slopes is not None else 0
         self.alibi = slopes is not None
+        self.split = triton_configs.splits_loops(self.D, self.DV, self.where, self.burden)
 
     def tile(self, kernel: str) -> triton_configs.Tile:
         return triton_configs.choose(
@@ -158,11 +174,6 @@ class _Call:
             return (-(-extent // size) + self.B, heads)
         return (-(-extent // size) * self.B * heads,)
 
-    def unit(self, *tensors: Tensor) -> int:
-        """A power of two that divides every stride but those of columns."""
-        strides = [s for t in tensors for s in t.stride()[:-1]]
-        return 8 if all(s % 8 == 0 for s in strides) else 1
-
     def strides(self, t: Tensor, unit: int) -> tuple[int, ...]:
         """Of batch (0 where packed), row and head, divided by `unit`, and of columns."""
         *outer, column = t.stride()
@@ -178,15 +189,9 @@ class _Call:
             "BM": tile.rows, "BN": tile.keys, "UNIT": unit,
             "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0, "SOFTCAP": self.scalars[1] != 0.0,
             "ALIBI": self.alibi, "DROPOUT": self.drop[0] != 0,
-            "PRECISION": _precision(self.q.dtype),
+            "PRECISION": precision(self.q.dtype),
             "num_warps": tile.num_warps, "num_stages": tile.num_stages,
         }  # fmt: skip
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """fp32 products in TF32 only where torch's own would be."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
 
 
 def attention_fwd(
@@ -196,7 +201,7 @@ def attention_fwd(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, lse); every launch is deterministic, so `deterministic` asks for nothing more."""
-    with _on_device(q), _arithmetic():
+    with on_device(q), arithmetic():
         c = _Call(
             q, k, v, attn_mask, cu_seqlens, cu_seqlens_k, alibi_slopes, seed, scale, window,
             softcap, dropout_p,
@@ -205,14 +210,14 @@ def attention_fwd(
         lse = q.new_empty((*q.shape[:-3], c.H, c.S), dtype=torch.float32)
         if out.numel() == 0:
             return out, lse
-        tile, unit = c.tile("forward"), c.unit(q, k, v, out)
+        tile, step = c.tile("forward"), unit(q, k, v, out)
         _kernels().forward[c.grid(c.S, c.H, tile.rows)](
             q, k, v, out, lse, q if sinks is None else sinks, c.mask, c.slopes, c.seed, c.cu_q,
-            c.cu_k, c.tiles(c.cu_q, tile.rows), *(c.strides(t, unit) for t in (q, k, v, out)),
+            c.cu_k, c.tiles(c.cu_q, tile.rows), *(c.strides(t, step) for t in (q, k, v, out)),
             *c.bias_strides, *c.lse_strides, c.B, c.S, c.Sk, c.H, c.H // c.HK, *c.window,
             *c.scalars, *c.drop,
-            VARLEN=c.varlen, SPLIT=c.burden == 0, SINKS=sinks is not None, MASK=c.mask_kind,
-            **c.constants(tile, unit),
+            VARLEN=c.varlen, SPLIT=c.split, SINKS=sinks is not None, MASK=c.mask_kind,
+            **c.constants(tile, step),
         )  # fmt: skip
         return out, lse
 
@@ -226,7 +231,7 @@ def attention_bwd(
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of q, k, v, sinks and attn_mask, the last two in fp32; None where `needs` does not
     ask."""
-    with _on_device(q), _arithmetic():
+    with on_device(q), arithmetic():
         c = _Call(
             q, k, v, attn_mask, cu_seqlens, cu_seqlens_k, alibi_slopes, seed, scale, window,
             softcap, dropout_p,
@@ -251,13 +256,13 @@ def _row_terms(
     grid = c.grid(c.S, c.H, _ROW_TERMS)
     per_head = grid[0] if c.varlen else grid[0] // c.H
     part = lse.new_empty((c.H, per_head) if sinks is not None else 0)
-    unit = c.unit(out, dout)
+    step = unit(out, dout)
     v1, v2 = triton_configs.parts(c.DV)
     _kernels().row_terms[grid](
         out, dout, lse, lse if dlse is None else dlse.to(torch.float32).contiguous(), delta,
         lse if sinks is None else sinks, part, c.cu_q, c.tiles(c.cu_q, _ROW_TERMS),
-        c.strides(out, unit), c.strides(dout, unit), *c.lse_strides, c.B, c.S, c.H,
-        DV=c.DV, V1=v1, V2=v2, BM=_ROW_TERMS, UNIT=unit, VARLEN=c.varlen,
+        c.strides(out, step), c.strides(dout, step), *c.lse_strides, c.B, c.S, c.H,
+        DV=c.DV, V1=v1, V2=v2, BM=_ROW_TERMS, UNIT=step, VARLEN=c.varlen,
         SINKS=sinks is not None, DLSE=dlse is not None, num_warps=4,
     )  # fmt: skip
     return delta, None if sinks is None else part.sum(1)
@@ -267,12 +272,12 @@ def _grad_q(c: _Call, dout: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     dq = c.q.new_empty(c.q.shape)
     if dq.numel() == 0:
         return dq
-    tile, unit = c.tile("grad_q"), c.unit(c.q, c.k, c.v, dout, dq)
+    tile, step = c.tile("grad_q"), unit(c.q, c.k, c.v, dout, dq)
     _kernels().grad_q[c.grid(c.S, c.H, tile.rows)](
         c.q, c.k, c.v, dout, lse, delta, dq, c.mask, c.slopes, c.seed, c.cu_q, c.cu_k,
-        c.tiles(c.cu_q, tile.rows), *(c.strides(t, unit) for t in (c.q, c.k, c.v, dout, dq)),
+        c.tiles(c.cu_q, tile.rows), *(c.strides(t, step) for t in (c.q, c.k, c.v, dout, dq)),
         *c.bias_strides, *c.lse_strides, c.B, c.S, c.Sk, c.H, c.H // c.HK, *c.window, *c.scalars,
-        *c.drop, VARLEN=c.varlen, SPLIT=c.burden == 0, MASK=c.mask_kind, **c.constants(tile, unit),
+        *c.drop, VARLEN=c.varlen, SPLIT=c.split, MASK=c.mask_kind, **c.constants(tile, step),
     )  # fmt: skip
     return dq
 
@@ -281,12 +286,12 @@ def _grad_kv(c: _Call, dout: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor
     dk, dv = c.k.new_empty(c.k.shape), c.v.new_empty(c.v.shape)
     if dk.numel() == 0:
         return dk, dv
-    tile, unit = c.tile("grad_kv"), c.unit(c.q, c.k, c.v, dout, dk, dv)
+    tile, step = c.tile("grad_kv"), unit(c.q, c.k, c.v, dout, dk, dv)
     _kernels().grad_kv[c.grid(c.Sk, c.HK, tile.keys)](
         c.q, c.k, c.v, dout, lse, delta, dk, dv, c.mask, c.slopes, c.seed, c.cu_q, c.cu_k,
-        c.tiles(c.cu_k, tile.keys), *(c.strides(t, unit) for t in (c.q, c.k, c.v, dout, dk, dv)),
+        c.tiles(c.cu_k, tile.keys), *(c.strides(t, step) for t in (c.q, c.k, c.v, dout, dk, dv)),
         *c.bias_strides, *c.lse_strides, c.B, c.S, c.Sk, c.HK, c.H // c.HK, *c.window, *c.scalars,
-        *c.drop, VARLEN=c.varlen, MASK=c.mask_kind, **c.constants(tile, unit),
+        *c.drop, VARLEN=c.varlen, MASK=c.mask_kind, **c.constants(tile, step),
     )  # fmt: skip
     return dk, dv
 
@@ -295,15 +300,15 @@ def _grad_mask(c: _Call, dout: Tensor, lse: Tensor, delta: Tensor, mask: Tensor)
     dmask = mask.new_empty(mask.shape, dtype=torch.float32)
     if 0 in (c.B, c.S, c.Sk):
         return dmask.zero_()
-    tile, unit = c.tile("grad_mask"), c.unit(c.q, c.k, c.v, dout)
+    tile, step = c.tile("grad_mask"), unit(c.q, c.k, c.v, dout)
     batches, heads, rows, keys = mask.shape
     row_tiles = 1 if rows == 1 else -(-c.S // tile.rows)
     key_tiles = 1 if keys == 1 else -(-c.Sk // tile.keys)
     _kernels().grad_mask[(row_tiles * key_tiles * batches * heads,)](
         c.q, c.k, c.v, dout, lse, delta, dmask, mask, c.slopes, c.seed,
-        *(c.strides(t, unit) for t in (c.q, c.k, c.v, dout)), dmask.stride(), *c.bias_strides,
+        *(c.strides(t, step) for t in (c.q, c.k, c.v, dout)), dmask.stride(), *c.bias_strides,
         *c.lse_strides, c.S, c.Sk, c.H, c.H // c.HK, heads, c.B // batches, c.H // heads,
         *c.window, *c.scalars, *c.drop, row_tiles, key_tiles,
-        ALL_ROWS=rows == 1, ALL_KEYS=keys == 1, **c.constants(tile, unit),
+        ALL_ROWS=rows == 1, ALL_KEYS=keys == 1, **c.constants(tile, step),
     )  # fmt: skip
     return dmask
