@@ -115,6 +115,46 @@ def test_dequantize_misaligned_parts(name):
     assert torch.equal(quant_linear(x, shifted, backend="cuda"), want)
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("name", ["nf4", "fp4", "int8"])
+def test_quantize_bytes(name, double_quant, dtype):
+    """Zero blocks, ties, tails, more than one block of nested statistics."""
+    torch.manual_seed(3)
+    for shape, block in [((3, 11), 32), ((64, 65), 64), ((150, 131), 32), ((5, 4096), 4096)]:
+        w = torch.randn(shape)
+        w[0, :8] = torch.tensor([0.0, -0.0, 1.0, -1.0, 0.5, 2.0, 1e-30, 3.0])
+        w.view(-1)[32:64] = 0.0
+        w[-1] *= 1e-20
+        w = w.to(dtype)
+        spec = quantize(
+            w, name, None if name == "int8" else block, None if name == "int8" else double_quant
+        ).spec
+        got, want = cuda.quantize(w, spec), reference.quantize(w, spec)
+        assert got is not None and len(got) == len(want)
+        for a, b in zip(got, want, strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b)
+            assert not a.is_floating_point() or torch.equal(torch.signbit(a), torch.signbit(b))
+
+
+def test_quantize_every_middle():
+    """Elements on the middles between two codes, and their neighbours, in both directions."""
+    for name in ("nf4", "fp4"):
+        values = formats.code_table(name).sort().values
+        middles = (values[:-1] + values[1:]) / 2
+        up, down = (torch.nextafter(middles, torch.full_like(middles, s)) for s in (2.0, -2.0))
+        w = torch.cat([torch.ones(1), middles, up, down, torch.zeros(18)]).view(1, 64)
+        spec = quantize(w, name, 64, False).spec
+        got, want = cuda.quantize(w, spec), reference.quantize(w, spec)
+        assert got is not None and torch.equal(got[0], want[0])
+    code = formats.dynamic_map()
+    absmax = torch.cat([code, (code[:-1] + code[1:]) / 2, torch.tensor([1.0])])
+    got = cuda._operator("quant_quantize_nested")(absmax, 256, code, torch.zeros(()), 1e-38)
+    scaled = absmax * (1.0 / torch.tensor([1.0]))
+    low = torch.bucketize(scaled, (code[:-1] + code[1:]) / 2)
+    assert torch.equal(got[0], low.to(torch.uint8))
+
+
 @pytest.mark.parametrize("rows", [16, 32], ids=["few rows", "more rows"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_identity_gives_the_weight(name, rows):

@@ -21,7 +21,7 @@ const char* check_weight(const QuantWeight& w) {
   switch (w.layout) {
     case Layout::kFlat:
       if (w.block_shift < 5 || w.block_shift > 30) return "a block has fewer than 32 elements";
-      if (w.nested_shift < 0 || w.nested_shift > 30) return "the nested block size is not in 2..2^30";
+      if (w.nested_shift < 0 || w.nested_shift > 30) return "a nested block is not in 2..2^30";
       if (w.code == nullptr || w.absmax == nullptr) return kNull;
       if (w.n * w.k / 32 > kMaxExtent) return "the weight has 2^36 elements or more";
       if (w.nested_shift == 0) return nullptr;
@@ -36,7 +36,9 @@ const char* check_weight(const QuantWeight& w) {
     case Layout::kAwq:
       if (w.groups < 1 || w.group < 1) return "the weight has no groups";
       if (w.packed_n != (w.n + 7) / 8) return "zeros have another number of columns than N / 8";
-      if (w.g_idx == nullptr && (w.k - 1) / w.group >= w.groups) return "k has more groups than scales";
+      if (w.g_idx == nullptr && (w.k - 1) / w.group >= w.groups) {
+        return "k has more groups than there are scales";
+      }
       return w.scales == nullptr || w.zeros == nullptr ? kNull : nullptr;
   }
   return "the layout is unknown";
@@ -61,6 +63,26 @@ const char* check(const DequantizeParams& p) {
   return nullptr;
 }
 
+const char* check(const QuantizeFlatParams& p) {
+  if (p.numel < 1 || p.numel / 32 > kMaxExtent) return "numel is not in 1..2^36";
+  if (p.block_shift < 5 || p.block_shift > 30) return "a block has fewer than 32 elements";
+  return p.w == nullptr || p.packed == nullptr || p.absmax == nullptr ? kNull : nullptr;
+}
+
+const char* check(const QuantizeNestedParams& p) {
+  if (p.blocks < 1 || p.blocks > kMaxExtent) return kExtent;
+  if (p.nested_shift < 1 || p.nested_shift > 30) return "a nested block is not in 2..2^30";
+  return p.absmax == nullptr || p.code == nullptr || p.offset == nullptr || p.codes == nullptr ||
+                 p.nested_absmax == nullptr
+             ? kNull
+             : nullptr;
+}
+
+const char* check(const QuantizeRowsParams& p) {
+  if (p.n < 1 || p.k < 1 || p.n > kMaxExtent || p.k > kMaxExtent) return kExtent;
+  return p.w == nullptr || p.packed == nullptr || p.scale == nullptr ? kNull : nullptr;
+}
+
 const char* check(const SkinnyGemmParams& p) {
   if (p.dtype != Dtype::kBFloat16 && p.dtype != Dtype::kFloat16) {
     return "dtype is not supported; bfloat16 and float16 are";
@@ -77,7 +99,9 @@ const char* check(const SkinnyGemmParams& p) {
   if (p.x == nullptr || p.y == nullptr) return kNull;
   if (!aligned(p.x, 16) || !multiple(p.ldx, 8)) return "the rows of x are not aligned to 16 bytes";
   if (p.ldx < p.w.k || p.ldy < p.w.n) return kStride;
-  if (p.padded_rank < 0 || !multiple(p.padded_rank, 8)) return "the padded rank is no multiple of 8";
+  if (p.padded_rank < 0 || !multiple(p.padded_rank, 8)) {
+    return "the padded rank is no multiple of 8";
+  }
   if (p.padded_rank > 0) {
     if (p.b == nullptr || p.scaled_s == nullptr) return kNull;
     if (p.ldb < p.padded_rank || p.ld_scaled < p.padded_rank) return kStride;

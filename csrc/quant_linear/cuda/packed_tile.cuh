@@ -8,8 +8,8 @@
 // and the other operand is read at the same k (SkinnyBlock). No layout of its own is needed.
 //
 // A reader is what a lane knows of one tile of rows. Step s is k = 128 s ..; `exists` says whether
-// the lane's codes of that step lie in the matrix. copy() brings the codes of a step into a stage of
-// shared memory, take() into registers, fragment() decodes; statistics() is called a step ahead.
+// the lane's codes of that step lie in the matrix. copy() brings the codes of a step into a stage
+// of shared memory, take() into registers, fragment() decodes; statistics() is called a step ahead.
 // K is a multiple of 32 and so is what shares a scale along k: a lane's 32 codes of a row have one.
 // Rows behind the last one repeat it.
 #pragma once

@@ -53,6 +53,38 @@ struct DequantizeParams {
   Dtype dtype;
 };
 
+// ---- launch_quantize_*: codes and statistics of contiguous finite values ----------------------
+struct QuantizeFlatParams {
+  const void* w;  // [numel]
+  Dtype dtype;    // any of the three
+  int64_t numel;  // >= 1
+  int block_shift;
+  float middle[15];  // between the values in ascending order
+  uint64_t nibbles;  // bits 4i: nibble of the i-th value
+  float least;       // smallest absmax that codes are made with
+  uint8_t* packed;   // [ceil(numel / 2)]
+  float* absmax;     // [blocks]
+};
+
+struct QuantizeNestedParams {
+  const float* absmax;  // [blocks]
+  int64_t blocks;
+  int nested_shift;
+  const float* code;    // [256], ascending
+  const float* offset;  // [1]
+  float least;
+  uint8_t* codes;        // [blocks]
+  float* nested_absmax;  // [ceil(blocks / nested)]
+};
+
+struct QuantizeRowsParams {
+  const void* w;  // [N, K]
+  Dtype dtype;    // any of the three
+  int64_t n, k;   // >= 1
+  int8_t* packed;
+  float* scale;  // [N]
+};
+
 // ---- launch_skinny_gemm: Y = X W^T + scaled_s B^T + bias for few rows -------------------------
 constexpr int64_t kMaxSkinnyRows = 128;
 

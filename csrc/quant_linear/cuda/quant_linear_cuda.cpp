@@ -146,6 +146,78 @@ Tensor dequantize(std::vector<Tensor> parts, std::string layout, int64_t n, int6
   return out;
 }
 
+Tensor contiguous_values(const Tensor& w) {
+  require(on_device(w) && w.numel() >= 1, "w is not on a CUDA device or empty");
+  return torch::stable::contiguous(w);
+}
+
+// (packed, absmax) of nf4 or fp4: `values` ascending, nibbles[i] the code of values[i].
+std::tuple<Tensor, Tensor> quantize_flat(Tensor w, int64_t block_size, std::vector<double> values,
+                                         std::vector<int64_t> nibbles, double least) {
+  require(values.size() == 16 && nibbles.size() == 16, "a code table has 16 values");
+  const Place place(w);
+  const Tensor held = contiguous_values(w);
+  QuantizeFlatParams p{};
+  p.w = held.const_data_ptr();
+  p.dtype = dtype_of(held, "w");
+  p.numel = held.numel();
+  p.block_shift = log2_of(block_size);
+  p.least = static_cast<float>(least);
+  for (int i = 0; i < 16; ++i) {
+    require(nibbles[i] >= 0 && nibbles[i] < 16, "a nibble is not in 0..15");
+    p.nibbles |= static_cast<uint64_t>(nibbles[i]) << (4 * i);
+    if (i == 15) break;
+    p.middle[i] = (static_cast<float>(values[i]) + static_cast<float>(values[i + 1])) / 2.0f;
+  }
+  Tensor packed = stable::empty(held, {(p.numel + 1) / 2}, ScalarType::Byte);
+  Tensor absmax = stable::empty(held, {ceil_div(p.numel, block_size)}, ScalarType::Float);
+  p.packed = static_cast<uint8_t*>(packed.mutable_data_ptr());
+  p.absmax = static_cast<float*>(absmax.mutable_data_ptr());
+  require(check(p));
+  check_launch(launch_quantize_flat(p, place.stream), "quantize_flat");
+  return {packed, absmax};
+}
+
+// (codes, nested_absmax) of absmax - offset.
+std::tuple<Tensor, Tensor> quantize_nested(Tensor absmax, int64_t nested_block, Tensor code,
+                                           Tensor offset, double least) {
+  const Place place(absmax);
+  const std::vector<Tensor> parts = {absmax, code, offset};
+  QuantizeNestedParams p{};
+  p.blocks = absmax.numel();
+  p.absmax = static_cast<const float*>(part(parts, 0, ScalarType::Float, p.blocks));
+  p.code = static_cast<const float*>(part(parts, 1, ScalarType::Float, 256));
+  p.offset = static_cast<const float*>(part(parts, 2, ScalarType::Float, 1));
+  p.nested_shift = log2_of(nested_block);
+  p.least = static_cast<float>(least);
+  Tensor codes = stable::empty(absmax, {p.blocks}, ScalarType::Byte);
+  Tensor nested = stable::empty(absmax, {ceil_div(p.blocks, nested_block)}, ScalarType::Float);
+  p.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
+  p.nested_absmax = static_cast<float*>(nested.mutable_data_ptr());
+  require(check(p));
+  check_launch(launch_quantize_nested(p, place.stream), "quantize_nested");
+  return {codes, nested};
+}
+
+// (packed, scale) of int8.
+std::tuple<Tensor, Tensor> quantize_rows(Tensor w) {
+  require(w.dim() == 2, "w is not two-dimensional");
+  const Place place(w);
+  const Tensor held = contiguous_values(w);
+  QuantizeRowsParams p{};
+  p.w = held.const_data_ptr();
+  p.dtype = dtype_of(held, "w");
+  p.n = held.size(0);
+  p.k = held.size(1);
+  Tensor packed = stable::empty(held, {p.n, p.k}, ScalarType::Char);
+  Tensor scale = stable::empty(held, {p.n}, ScalarType::Float);
+  p.packed = static_cast<int8_t*>(packed.mutable_data_ptr());
+  p.scale = static_cast<float*>(scale.mutable_data_ptr());
+  require(check(p));
+  check_launch(launch_quantize_rows(p, place.stream), "quantize_rows");
+  return {packed, scale};
+}
+
 // Shares of K of the shrink kernel that do not depend on the number of rows.
 int shrink_splits(int64_t k, int64_t padded_rank, int sm_count) {
   return lora::choose_split(ceil_div(k, 128), ceil_div(padded_rank, 64), sm_count, 4, 0).parts;
@@ -258,6 +330,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(LK_LIBRARY, m) {
       "quant_dequantize(Tensor[] parts, str layout, int n, int k, int block_size, "
       "int nested_block, float factor, int dtype) -> Tensor");
   m.def(
+      "quant_quantize_flat(Tensor w, int block_size, float[] values, int[] nibbles, float least) "
+      "-> (Tensor packed, Tensor absmax)");
+  m.def(
+      "quant_quantize_nested(Tensor absmax, int nested_block, Tensor code, Tensor offset, "
+      "float least) -> (Tensor codes, Tensor nested_absmax)");
+  m.def("quant_quantize_rows(Tensor w) -> (Tensor packed, Tensor scale)");
+  m.def(
       "quant_linear_fwd(Tensor x, Tensor[] parts, str layout, int n, int k, int block_size, "
       "int nested_block, float factor, Tensor? bias, Tensor? lora_a, Tensor? lora_b, "
       "float scaling, float keep_scale, int threshold, Tensor? seed) -> (Tensor y, Tensor s)");
@@ -265,6 +344,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(LK_LIBRARY, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(LK_LIBRARY, LK_KEY, m) {
   m.impl("quant_dequantize", TORCH_BOX(&dequantize));
+  m.impl("quant_quantize_flat", TORCH_BOX(&quantize_flat));
+  m.impl("quant_quantize_nested", TORCH_BOX(&quantize_nested));
+  m.impl("quant_quantize_rows", TORCH_BOX(&quantize_rows));
   m.impl("quant_linear_fwd", TORCH_BOX(&forward));
 }
 

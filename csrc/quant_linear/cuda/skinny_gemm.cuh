@@ -1,27 +1,27 @@
 // Y = X W^T + scaled_s B^T + bias for 1 to 128 rows of X, W read packed and once per 64 rows.
 //
 // Math      y[m, n] = sum_k x[m, k] w[n, k] + sum_r scaled_s[m, r] b[n, r] + bias[n]
-//           The product is formed as Y^T = W X^T: W is the operand of 16 rows, so that a tensor core
-//           is busy from the first row of X on, and each code is decoded once for up to 64 rows.
+//           The product is formed as Y^T = W X^T: W is the operand of 16 rows, so a tensor core is
+//           busy from the first row of X on, and each code is decoded once for up to 64 rows.
 //           W is decoded in registers (packed_tile.cuh), rounded to T as dequantize rounds it.
 // Shapes    X [M, K] row stride ldx; W as it is packed; scaled_s [M, padded rank], B [N, padded
 //           rank]; Y [M, N] row stride ldy.
 // Grid      x: WARPS x NT tiles of 16 columns of Y, y: 8 MT rows of X, z: share of K in steps of
-//           128. A warp owns 16 NT columns and all rows of its block; the warps share the tile of X.
+//           128. A warp owns 16 NT columns and all rows of its block; warps share the tile of X.
 //           Up to 16 rows: MT 2, NT 1, 64 columns. More: MT 8, NT 2, 128 columns.
 // Main loop a ring of STAGES steps (cp.async). A lane copies 16 (int8, fp8: 32) bytes of two rows
 //           of W per step and tile, its statistics are loaded one step ahead. Tiles of eight rows
 //           of X that hold none of the M rows are left out.
 // Bytes     W and its statistics once per block of rows; X once per block of columns, from L2;
 //           per share of K 4 bytes per element of Y written, and read once.
-// Numerics  fp32, k in a fixed order per share, then the ranks (in the first share); shares added in
-//           order by skinny_sum_kernel; one rounding to T. The shares depend on N, K and the number
-//           of multiprocessors, not on M: a row of Y has the same bits for every M up to 16, and
-//           for every M from 17 to 128. Bitwise equal from run to run.
+// Numerics  fp32, k in a fixed order per share, then the ranks (in the first share); shares added
+//           in order by skinny_sum_kernel; one rounding to T. The shares depend on N, K and the
+//           number of multiprocessors, not on M: a row of Y has the same bits for every M up to 16,
+//           and for every M from 17 to 128. Bitwise equal from run to run.
 // Shared    one code table per lane (no bank conflicts); the 16-byte chunks of X are exchanged so
 //           that each quarter of a warp reads eight different banks of 16 bytes.
-// Resources (ptxas 13.0, sm_80; flat, int8, fp8, gptq, awq) up to 16 rows: 96, 90, 96, 103, 128
-//           registers, 35, 48, 48, 32, 32 KiB of shared memory. More rows: 237, 193, 198, 207, 250
+// Resources (ptxas 13.0; flat, int8, fp8, gptq, awq) up to 16 rows: 122, 90, 96, 107, 128
+//           registers, 35, 48, 48, 32, 32 KiB of shared memory. More rows: 234, 193, 198, 207, 250
 //           registers, 75, 96, 96, 72, 72 KiB. No spills.
 // Limits    16-bit T; X with 16-byte rows; K, and whatever shares a scale along k, a multiple of
 //           32; no act-order. The host dequantizes elsewhere.
@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
   LK_DYNAMIC_SHARED(shared);
   SkinnyBlock<T, S> block(args, shared);
   const int first = static_cast<int>(blockIdx.z) * args.steps_per_part;
-  const int end = first + args.steps_per_part < args.steps ? first + args.steps_per_part : args.steps;
+  const int last = first + args.steps_per_part, end = last < args.steps ? last : args.steps;
   RawScale raw[2][S::NT][2] = {};
   block.load_statistics(first, raw[0]);
 #pragma unroll 1

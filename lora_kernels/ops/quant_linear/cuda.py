@@ -109,6 +109,31 @@ def dequantize(parts: tuple[Tensor, ...], spec: QuantSpec, dtype: torch.dtype) -
     return w.view(spec.shape)
 
 
+def quantize(w: Tensor, spec: QuantSpec) -> tuple[Tensor, ...] | None:
+    """The parts of a finite `w`, the bytes of reference.py on that device; None for a format
+    without a kernel (int4, fp8) and for fp64."""
+    if w.dtype not in _DTYPES or w.numel() == 0:
+        return None
+    if spec.layout == formats.INT8_ROW:
+        return tuple(_operator("quant_quantize_rows")(w.reshape(spec.rows, spec.columns)))
+    if spec.layout != formats.FLAT:
+        return None
+    table = formats.code_table(spec.format)
+    values, nibbles = torch.sort(table, stable=True)
+    packed, absmax = _operator("quant_quantize_flat")(
+        w, spec.block_size, values.tolist(), nibbles.tolist(), formats.MIN_ABSMAX
+    )
+    code = table.to(w.device, copy=True)
+    if not spec.nested_block_size:
+        return packed, absmax, code
+    nested_code = formats.dynamic_map().to(w.device, copy=True)
+    offset = absmax.mean()
+    codes, nested_absmax = _operator("quant_quantize_nested")(
+        absmax, spec.nested_block_size, nested_code, offset, formats.MIN_ABSMAX
+    )
+    return packed, codes, code, nested_absmax, nested_code, offset
+
+
 def quant_linear_fwd(
     x: Tensor,
     parts: tuple[Tensor, ...],
