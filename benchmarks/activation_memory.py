@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lora_kernels as lk
 from benchmarks import machine, record
 from benchmarks.smollm2_step import DTYPES, SHAPE
+from lora_kernels.modules.layer_group import group_of
 
 PROVIDERS: dict[str, dict[str, Any]] = {
     "PEFT": {},
@@ -49,7 +50,7 @@ def build(options: argparse.Namespace, layers: int, provider: dict[str, Any]) ->
         lk.apply(made, **provider["apply"])
     if provider.get("apart"):
         for module in made.modules():
-            group = lk.modules.layer_group.group_of(module)
+            group = group_of(module)
             if group is not None:
                 group.detach()
     if provider.get("checkpoint"):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import lora_kernels as lk
 from benchmarks import machine, record
 from benchmarks.timing import measure
+from lora_kernels.modules.blocks import register_block
 from lora_kernels.testing import BudgetExceededError, assert_within_budget
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -87,7 +88,7 @@ def ours(block: str, options: argparse.Namespace, recompute: bool = False) -> nn
 
 def providers(block: str, options: argparse.Namespace) -> dict[str, nn.Module]:
     applied = stock(block, options)
-    lk.modules.blocks.register_block(
+    register_block(
         type(applied.base_model.model), NAMES[block][: 3 if block == "qkv" else 2], replace=True
     )
     lk.apply(applied)

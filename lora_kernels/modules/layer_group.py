@@ -128,7 +128,9 @@ class LayerGroup:
     def _compute(self, x: Tensor) -> list[Tensor] | None:
         found = []
         for member in self.members:
-            operands = self.operands(member, x)
+            # A layer that fully_shard wrapped by itself is gathered in its own call only.
+            alone = type(member).__name__.startswith("FSDP")
+            operands = None if alone else self.operands(member, x)
             if operands is None:
                 return None
             found.append(operands)
