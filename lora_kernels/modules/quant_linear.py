@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.errors import InvalidArgumentError, QuantizedWeightError
+from lora_kernels.modules.quant_peft import route_merging
 from lora_kernels.ops.quant_linear import (
     Hints,
     QuantSpec,
@@ -133,6 +134,7 @@ class QuantLinear(nn.Linear):
 
     def _adopt(self, q: QuantTensor) -> None:
         """Hold the parts of `q`."""
+        route_merging()
         self.spec = q.spec
         self.out_features, self.in_features = q.shape
         names = tuple(p.name for p in parts_of(q.spec))
@@ -167,6 +169,12 @@ class QuantLinear(nn.Linear):
     @property
     def format(self) -> str:
         return self.spec.format
+
+    def train(self, mode: bool = True) -> QuantLinear:
+        """As nn.Module.train."""
+        route_merging()  # PEFT may have been imported since
+        super().train(mode)
+        return self
 
     def forward(self, input: Tensor) -> Tensor:
         if self.compute_dtype is None:

@@ -11,6 +11,7 @@ from lora_kernels.integrations.peft import eligibility, quant_linear
 from lora_kernels.integrations.peft.eligibility import Parts, parts_of
 from lora_kernels.integrations.peft.fallback import call_falls_back
 from lora_kernels.integrations.peft.quant_base import is_quantized
+from lora_kernels.modules import quant_peft
 from lora_kernels.modules.layer_group import Operands, group_of
 from lora_kernels.ops import lora_linear
 
@@ -53,11 +54,11 @@ class FusedQuantLoraLinear(FusedLoraLinear):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As PEFT; the sum is quantized again."""
-        quant_linear.merge(self, safe_merge, adapter_names)
+        quant_peft.merge(self, safe_merge, adapter_names)
 
     def unmerge(self) -> None:
         """As PEFT, likewise."""
-        quant_linear.unmerge(self)
+        quant_peft.unmerge(self)
 
 
 def fused_call(

@@ -9,18 +9,14 @@ as well, this one does not.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
-import torch
-from peft.tuners.lora.layer import Linear, LoraLayer
-from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from lora_kernels.integrations.peft import eligibility
 from lora_kernels.integrations.peft.eligibility import Parts
 from lora_kernels.integrations.peft.quant_base import QuantBase, quantized_base
-from lora_kernels.modules.quant_linear import QuantLinear, quantize_like
 from lora_kernels.ops.quant_linear import quant_lora_linear
 
 
@@ -74,44 +70,3 @@ def prepared(layer: LoraLayer, parts: Parts, x: Any) -> tuple[QuantBase | None, 
         return None, reason
     reason = call_reason(layer, x, parts, base)
     return (None, reason) if reason else (base, "")
-
-
-@torch.no_grad()
-def merge(layer: Linear, safe_merge: bool, adapter_names: list[str] | None) -> None:
-    """lora.Linear.merge for a QuantLinear base: the sum is quantized again, as PEFT's layers for
-    bitsandbytes do. :func:`lora_kernels.merge` says what that costs, PEFT's merging does not."""
-    base = layer.get_base_layer()
-    assert isinstance(base, QuantLinear)
-    for adapter in check_adapters_to_merge(layer, adapter_names) or ():
-        if adapter in layer.lora_A:
-            _add(layer, base, adapter, 1.0, safe_merge)
-            layer.merged_adapters.append(adapter)
-
-
-def unmerge(layer: Linear) -> None:
-    base = layer.get_base_layer()
-    assert isinstance(base, QuantLinear)
-    while layer.merged_adapters:
-        adapter = layer.merged_adapters.pop()
-        if adapter in layer.lora_A:
-            _add(layer, base, adapter, -1.0, False)
-
-
-@torch.no_grad()
-def _add(layer: Linear, base: QuantLinear, adapter: str, sign: float, safe: bool) -> None:
-    warnings.warn(
-        "merging into a quantized weight rounds it again, which can lose the adapter", stacklevel=3
-    )
-    if adapter in layer.lora_variant:
-        raise NotImplementedError("a LoRA variant cannot be merged into a quantized weight")
-    q = base.quant_weight
-    merged = q.dequantize(torch.float32) + sign * layer.get_delta_weight(adapter).float()
-    if safe and not bool(torch.isfinite(merged).all()):
-        raise ValueError(
-            f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken"
-        )
-    base._adopt(quantize_like(merged, base.spec, "the merged weight").to(base.spec.dtype))
-    bias = layer.lora_B[adapter].bias
-    if bias is not None:
-        assert base.bias is not None
-        base.bias.data += sign * layer.scaling[adapter] * bias
