@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from lora_kernels.ops.quant_linear import (
     to_state_dict,
     unpack_storage,
 )
+
+_Layer = TypeVar("_Layer", bound="QuantLinear")
 
 
 class QuantLinear(nn.Linear):
@@ -170,7 +172,7 @@ class QuantLinear(nn.Linear):
     def format(self) -> str:
         return self.spec.format
 
-    def train(self, mode: bool = True) -> QuantLinear:
+    def train(self: _Layer, mode: bool = True) -> _Layer:
         """As nn.Module.train."""
         route_merging()  # PEFT may have been imported since
         super().train(mode)
