@@ -98,11 +98,7 @@ def base_path(reference: str) -> str:
     """
     from lora_kernels.training.gguf_folder import model_folder
 
-    path = model_path("base", reference)
-    looks_like_a_path = path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path
-    if looks_like_a_path and not Path(path).expanduser().exists():
-        raise ConfigError(f"base={reference!r}: no such folder or file")
-    return model_folder(path)
+    return model_folder(model_path("base", reference))
 
 
 def load_base(path: str, auto_class: str, dtype: str | None, options: dict[str, Any]) -> Any:

@@ -49,11 +49,16 @@ def model_path(key: str, reference: str) -> str:
     only .gguf file.
 
     Raises:
-        ConfigError: the package is missing or holds no model.
+        ConfigError: the package is missing or holds no model, or what can only be a path is not
+            there.
     """
     if not reference.startswith(_PREFIX):
         path = Path(reference).expanduser()
-        return str(path) if path.exists() else reference
+        if path.exists():
+            return str(path)
+        if reference.startswith((".", "/", "~")) or reference.count("/") > 1 or "\\" in reference:
+            raise ConfigError(f"{key}={reference!r}: no such folder or file")
+        return reference
     folder = package_folder(key, reference)
     if folder.is_file():
         return str(folder)

@@ -191,6 +191,8 @@ def test_data_of_other_tasks(
         ("classification", ["compare_stock=true", "train.early_stopping=2"], ("same steps",)),
         ("classification", ["attention=flash_attention_2"], ("cannot be loaded",)),
         ("causal-lm", ["data.documents=file", "data.limit=5"], ("data.limit=5", "is one")),
+        ("classification", ["model=/nowhere/model"], ("model='/nowhere/model'", "no such folder")),
+        ("classification", ["model=runs/never/adapter"], ("no such folder",)),
         ("classification", ["output=/proc/run"], ("/proc", "writ")),
         ("classification", ["resume=/nonexistent/checkpoint-3"], ("no such folder",)),
         ("classification", ["data.encoding=utf-9"], ("data.encoding='utf-9'",)),
