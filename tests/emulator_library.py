@@ -24,7 +24,11 @@ FLAGS = [
     "-U_FORTIFY_SOURCE", "-DLK_EMULATOR", "-DLK_PLANTED_FAULTS", f"-I{CSRC}",
 ]  # fmt: skip
 # Of the kernels for Hopper alone, those that use nothing but what the emulator has (hopper.h).
-EMULATED_HOPPER = tuple(f"attention/cuda/forward_sm90_{dtype}.cu" for dtype in ("bf16", "fp16"))
+EMULATED_HOPPER = tuple(
+    f"attention/cuda/{way}_sm90_{dtype}.cu"
+    for way in ("forward", "backward")
+    for dtype in ("bf16", "fp16")
+)
 MAX_GROUP, MAX_PAD_JOBS, MAX_TERMS = 8, 24, 16
 
 _i32, _i64, _f32, _ptr = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p

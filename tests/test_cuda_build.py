@@ -94,7 +94,7 @@ def test_loads_and_registers_beside_this_torch():
     library, reason = cuda.load()
     assert library is not None, reason
     assert "sm_90a" in library.build_info()
-    for name in ("lora_linear_fwd", "lora_linear_bwd"):
+    for name in ("lora_linear_fwd", "lora_linear_bwd", "attention_fwd", "attention_bwd"):
         op = getattr(library, name).default
         assert torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CUDA")
     with pytest.raises(NotImplementedError):  # a CPU tensor does not reach the kernels
@@ -235,6 +235,16 @@ def test_the_library_tells_the_sources_of_every_op(builder):
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.strip() == told
+
+
+def test_kernels_that_an_op_takes_from_another_count_for_both(builder):
+    """quant_linear launches kernels of lora_linear, which takes nothing from it."""
+    quant = builder.op_sources(ROOT / "csrc" / "quant_linear" / "cuda")
+    lora = builder.op_sources(ROOT / "csrc" / "lora_linear" / "cuda")
+    names = {path.relative_to(ROOT / "csrc").parts[0] for path in quant}
+    assert names == {"common", "lora_linear", "quant_linear"}
+    assert {path.relative_to(ROOT / "csrc").parts[0] for path in lora} == {"common", "lora_linear"}
+    assert set(lora) < set(quant)
 
 
 @pytest.mark.slow

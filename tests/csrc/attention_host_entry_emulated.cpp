@@ -2,3 +2,4 @@
 // lora_kernels_emulated.
 #include "attention/cuda/attention_cuda.cpp"
 #include "attention/cuda/forward_sm90.cpp"
+#include "attention/cuda/backward_sm90.cpp"

@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "../../common/stable_torch.h"
+#include "backward_sm90.h"
 #include "forward_sm90.h"
 #include "launch.h"
 
@@ -156,21 +157,16 @@ struct Problem {
   }
 };
 
-void run_forward(const ForwardParams& p, const std::string& kernel, const Place& place) {
-  require(check(p));
-  const bool named = kernel == "sm90";
-  if (named) {
-    require(place.hopper, "the sm_90a kernel needs compute capability 9.0");
-    require(check_forward_sm90(p));
-  } else {
-    require(kernel == "auto" || kernel == "sm80",
-            "the kernel is unknown; accepted: auto, sm80, sm90");
+// Does the Hopper kernel run? `refusal` is why it cannot; a kernel asked for by name has to.
+bool takes_sm90(const char* refusal, const std::string& kernel, const Place& place) {
+  if (kernel == "sm90") {
+    require(place.hopper, "the sm_90a kernels need compute capability 9.0");
+    require(refusal);
+    return true;
   }
-  if (named || (kernel == "auto" && place.hopper && check_forward_sm90(p) == nullptr)) {
-    return check_launch(launch_forward_sm90(p, place.stream),
-                        "attention_forward_sm90");
-  }
-  check_launch(launch_forward_sm80(p, place.stream), "attention_forward_sm80");
+  require(kernel == "auto" || kernel == "sm80",
+          "the kernel is unknown; accepted: auto, sm80, sm90");
+  return kernel == "auto" && place.hopper && refusal == nullptr;
 }
 
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> sinks,
@@ -190,7 +186,13 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::optional<T
     out = stable::empty(q, {a.rows, a.heads, a.head_dim});
     lse = stable::empty(q, {a.heads, a.rows}, ScalarType::Float);
   }
-  run_forward({a, as_results(out), static_cast<float*>(lse.mutable_data_ptr())}, kernel, place);
+  const ForwardParams p{a, as_results(out), static_cast<float*>(lse.mutable_data_ptr())};
+  require(check(p));
+  if (takes_sm90(check_forward_sm90(p), kernel, place)) {
+    check_launch(launch_forward_sm90(p, place.stream), "attention_forward_sm90");
+  } else {
+    check_launch(launch_forward_sm80(p, place.stream), "attention_forward_sm80");
+  }
   return {out, lse};
 }
 
@@ -199,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     std::optional<Tensor> sinks, std::optional<Tensor> cu_rows, std::optional<Tensor> cu_keys,
     std::optional<Tensor> slopes, std::optional<Tensor> seed, double scale, int64_t left,
     int64_t right, double softcap, double keep_scale, int64_t threshold, bool need_dq,
-    bool need_dkv, bool need_dsinks) {
+    bool need_dkv, bool need_dsinks, std::string kernel) {
   const Place place(q);
   const Problem problem(q, k, v, sinks, cu_rows, cu_keys, slopes, seed,
                         {scale, left, right, softcap, keep_scale, threshold});
@@ -231,11 +233,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   if (need_dsinks) p.dsinks = static_cast<float*>(dsinks.mutable_data_ptr());
   require(check(p));
   check_launch(launch_delta(p, place.stream), "attention_delta");
+  const bool sm90 = takes_sm90(check_backward_sm90(p), kernel, place);
   if (p.dk.data != nullptr) {
-    check_launch(launch_key_gradients_sm80(p, place.stream), "attention_key_gradients");
+    check_launch(sm90 ? launch_key_gradients_sm90(p, place.stream)
+                      : launch_key_gradients_sm80(p, place.stream),
+                 "attention_key_gradients");
   }
   if (p.dq.data != nullptr) {
-    check_launch(launch_query_gradients_sm80(p, place.stream), "attention_query_gradients");
+    check_launch(sm90 ? launch_query_gradients_sm90(p, place.stream)
+                      : launch_query_gradients_sm80(p, place.stream),
+                 "attention_query_gradients");
   }
   return {dq, dk, dv, dsinks};
 }
@@ -259,7 +266,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(LK_LIBRARY, m) {
       "attention_bwd(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor q, Tensor k, "
       "Tensor v, Tensor? sinks, Tensor? cu_rows, Tensor? cu_keys, Tensor? slopes, Tensor? seed, "
       "float scale, int left, int right, float softcap, float keep_scale, int threshold, "
-      "bool need_dq, bool need_dkv, bool need_dsinks) "
+      "bool need_dq, bool need_dkv, bool need_dsinks, str kernel) "
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)");
 }
 

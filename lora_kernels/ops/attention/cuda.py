@@ -1,8 +1,8 @@
 """attention on the CUDA C++ kernels of csrc/attention/cuda (library lora_kernels/_cuda.so).
 
-Forward and backward run mma.sync kernels on compute capability 8.0 and newer; on 9.0 the forward
-takes the wgmma kernel where there is no softcap, ALiBi or dropout. Another kernel of the forward by
-name, for tuners and tests: LORA_KERNELS_CUDA_ATTENTION, one of KERNELS.
+Forward and backward run mma.sync kernels on compute capability 8.0 and newer; on 9.0 wgmma kernels
+where there is no softcap, ALiBi or dropout. Others by name, for tuners and tests:
+LORA_KERNELS_CUDA_ATTENTION, one of KERNELS.
 """
 
 from __future__ import annotations
@@ -102,7 +102,15 @@ def attention_bwd(
     )  # fmt: skip
     need_dkv, need_dsinks = needs[1] or needs[2], needs[3] and sinks is not None
     dq, dk, dv, dsinks = library.attention_bwd(
-        dout, _float(dlse), out, lse.contiguous(), *shared, needs[0], need_dkv, need_dsinks
+        dout,
+        _float(dlse),
+        out,
+        lse.contiguous(),
+        *shared,
+        needs[0],
+        need_dkv,
+        need_dsinks,
+        _kernel(),
     )
     grads = (dq, dk, dv, dsinks)
     return [*(g if need else None for g, need in zip(grads, needs, strict=False)), None]

@@ -1,0 +1,9 @@
+#include "backward_sm90.cuh"
+
+namespace lora_kernels::attention::cuda {
+
+cudaError_t run_gradients_sm90_bf16(const Sm90BackwardParams& p, bool of_keys, cudaStream_t stream) {
+  return run_gradients_sm90<bf16>(p, of_keys, stream);
+}
+
+}  // namespace lora_kernels::attention::cuda
