@@ -260,6 +260,25 @@ def test_same_bits_in_every_schedule(name, emulator):
         assert torch.equal(quant_linear(x, q, backend="cuda"), first)
 
 
+@pytest.mark.parametrize("rows", [3, 20])
+@pytest.mark.parametrize("name", FORMATS)
+def test_copies_stay_inside_their_tensors(name, rows, emulator):
+    """Once inputs are registered, an asynchronous copy from anywhere else is an error."""
+    q = weight(70, 160, name, 32)
+    x, a = torch.randn(rows, 160).to(BF16), torch.randn(8, 160).to(BF16)
+    b = torch.randn(70, 8).to(BF16)
+    want = reference.quant_linear_fwd(x, q.parts, q.spec, None, a, b, 1.0, 0.0, None)[0]
+    for t in (x, a, *q.parts):
+        emulator.lk_register_memory(t.data_ptr(), t.nbytes)
+    try:
+        got = cuda.quant_linear_fwd(x, q.parts, q.spec, None, a, b, 1.0, 0.0, None)[0]
+        with pytest.raises(RuntimeError, match="skinny_gemm: error"):
+            cuda.quant_linear_fwd(x.clone(), q.parts, q.spec, None, None, None, 1.0, 0.0, None)
+    finally:
+        emulator.lk_clear_memory()
+    assert got.shape == want.shape and bool(got.isfinite().all())
+
+
 @pytest.mark.parametrize("rows", [5, 40])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found(fault, rows, emulator):

@@ -29,6 +29,7 @@ LIBRARY = "_cuda.so"
 SKIPPED = "_cuda_skipped.txt"  # why there is no library, for `lora-kernels env`
 OLDEST_NVCC = (12, 5)  # cudaGetDriverEntryPointByVersion
 TORCH_TARGET = "0x020b000000000000"  # 2.11
+SOURCES = (".cu", ".cuh", ".h", ".cpp")
 TARGETS = {
     # sm_90 machine code and PTX come from one pass of the compiler.
     "cuda": "-gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=[sm_90,compute_90]",
@@ -115,17 +116,33 @@ def units() -> list[tuple[str, Path]]:
     return [(kind, ROOT / "csrc" / path) for kind, path in pairs if kind.startswith("cuda")]
 
 
+def op_sources(folder: Path) -> list[Path]:
+    """Sources of an op's kernels: csrc/common, its own, and those of ops whose headers it takes."""
+    include = re.compile(r'^#include "\.\./\.\./(\w+)/cuda/', re.MULTILINE)
+    folders, queue = [ROOT / "csrc" / "common"], [folder]
+    while queue:
+        here = queue.pop()
+        folders.append(here)
+        for path in (p for p in here.rglob("*.*") if p.suffix in SOURCES):
+            for op in re.findall(
+                r'^#include "\.\./\.\./(\w+)/cuda/', path.read_text(), re.MULTILINE
+            ):
+                other = ROOT / "csrc" / op / "cuda"
+                queue += [other] if other not in (*folders, *queue) else []
+    common, *rest = folders
+    found = [*common.glob("*.*"), *(p for f in rest for p in f.rglob("*.*"))]
+    return sorted(p for p in found if p.suffix in SOURCES)
+
+
 def digests() -> str:
     """``op:digest`` of the sources of each op's kernels, as the library tells it: measurements
     are evidence for the very kernels that ran. The same sources give the same digest anywhere."""
-    shared = sorted((ROOT / "csrc" / "common").glob("*.*"))
     told = []
     for folder in sorted((ROOT / "csrc").glob("*/cuda")):
         total = hashlib.sha256()
-        for path in [*shared, *sorted(folder.rglob("*.*"))]:
-            if path.suffix in (".cu", ".cuh", ".h", ".cpp"):
-                content = path.read_bytes().replace(b"\r\n", b"\n")
-                total.update(f"{path.name}\0{len(content)}\0".encode() + content)
+        for path in op_sources(folder):
+            content = path.read_bytes().replace(b"\r\n", b"\n")
+            total.update(f"{path.name}\0{len(content)}\0".encode() + content)
         told.append(f"{folder.parent.name}:{total.hexdigest()[:16]}")
     return " ".join(told)
 

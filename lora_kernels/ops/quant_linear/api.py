@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
 from lora_kernels.ops import _dispatch
 from lora_kernels.ops.quant_linear import autograd, contract, cpu, encode, validate
+from lora_kernels.ops.quant_linear.formats import QuantSpec
+from lora_kernels.ops.quant_linear.problem import QuantLinearProblem, choose
 from lora_kernels.ops.quant_linear.quant_tensor import QuantTensor
 
 
@@ -45,9 +49,21 @@ def quantize(
     spec = validate.make_spec(
         tuple(w.shape), w.dtype, format, block_size, double_quant, quant_storage, what
     )
-    library = not _dispatch.disabled("quant_linear", "cpu")  # the same bytes, sooner
-    parts = cpu.quantize(w.detach(), spec) if library else None
+    parts = _kernel_parts(w.detach(), spec)
     return QuantTensor(spec, encode.quantize(w.detach(), spec) if parts is None else parts)
+
+
+def _kernel_parts(w: Tensor, spec: QuantSpec) -> tuple[Tensor, ...] | None:
+    """The same bytes, sooner: by the CPU library, or by the GPU kernels that would dequantize
+    them, which need evidence to be chosen. None where there are none for this format."""
+    if w.device.type != "cuda":
+        return None if _dispatch.disabled("quant_linear", "cpu") else cpu.quantize(w, spec)
+    name, _ = choose(QuantLinearProblem.of_dequantize(spec, w.dtype, w.device.type), "auto")
+    if name not in ("cuda", "triton"):
+        return None
+    backend = importlib.import_module(f"lora_kernels.ops.quant_linear.{name}")
+    parts: tuple[Tensor, ...] | None = backend.quantize(w, spec)
+    return parts
 
 
 def dequantize(
