@@ -124,9 +124,7 @@ def op_sources(folder: Path) -> list[Path]:
         here = queue.pop()
         folders.append(here)
         for path in (p for p in here.rglob("*.*") if p.suffix in SOURCES):
-            for op in re.findall(
-                r'^#include "\.\./\.\./(\w+)/cuda/', path.read_text(), re.MULTILINE
-            ):
+            for op in include.findall(path.read_text()):
                 other = ROOT / "csrc" / op / "cuda"
                 queue += [other] if other not in (*folders, *queue) else []
     common, *rest = folders
