@@ -119,10 +119,15 @@ JOBS = (
         Step("t5_translation/pretrain.yaml", (), _SMALL_T5),
         Step("t5_translation/tune.yaml", (), _SMALL_T5),
     )),
-    Job("summarisation", (_NEWS,), (
-        Step("summarisation/prepare.py", (), (*_TINY, "--limit", "150")),
-        Step("summarisation/pretrain.yaml", (), _SMALL_T5),
-        Step("summarisation/tune.yaml", (), _SMALL_T5),
+    Job("summarisation", (_SMOLLM2, _NEWS), (
+        Step("summarisation/prepare.py", (), ("--train", "12", "--test", "2")),
+        Step("summarisation/train.yaml", (), (
+            "data.max_length=128", "train.max_steps=2", "train.batch_size=1", "threads=1")),
+        Step("summarisation/train.yaml", (
+            "kernels=false", "output=runs/summarisation_stock"), beside=True),
+        Step("summarisation/score.py", ("runs/summarisation",), ("--limit", "1")),
+        Step("summarisation/score.py", (
+            f"package:{_SMOLLM2}", "runs/summarisation_stock"), beside=True),
     )),
     Job("question_answering", (_ENCODER, _NEWS), (
         Step("question_answering/prepare.py"),

@@ -17,7 +17,7 @@ TUNED = {
     "english_bible": ["english_bible"],
     "gpt2_two_texts": ["gpt2_news", "gpt2_bible"],
     "t5_translation": ["t5_old_testament", "t5_new_testament"],
-    "summarisation": ["summarisation_other", "summarisation_sports"],
+    "summarisation": ["summarisation"],
     "question_answering": ["question_answering"],
     "dialogues": ["dialogues"],
 }
