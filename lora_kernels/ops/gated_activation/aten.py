@@ -1,7 +1,7 @@
 """gated_activation over library calls, in the dtype of gate: each rounds once, as in eager PyTorch.
 
-On the CPU some rows at a time, so that what lies between two calls is still in the second-level
-cache. Formulas: reference.py.
+On the CPU some rows at a time, so that what lies between two calls is still in the cache and no
+temporary has the size of gate. Formulas: reference.py.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ELEMENTS = 1 << 16  # of a piece on the CPU
+_ELEMENTS = 1 << 18  # of a piece on the CPU, per thread
 
 
 def _pieces(t: Tensor) -> Iterator[slice]:
     """Slices of the rows of t [M, N]."""
     rows = t.shape[0]
-    step = rows if t.device.type != "cpu" else max(1, _ELEMENTS // max(1, t.shape[1]))
+    step = rows
+    if t.device.type == "cpu":
+        step = max(1, _ELEMENTS * torch.get_num_threads() // max(1, t.shape[1]))
     for begin in range(0, rows, max(1, step)):
         yield slice(begin, begin + step)
 
