@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops import attention_decode
-from lora_kernels.testing import assert_within_budget
+from lora_kernels.testing import assert_within_budget, moved
 from lora_kernels.testing.attention import AttentionInputs, results
 from lora_kernels.testing.inputs import relayout
 
@@ -40,7 +40,7 @@ class DecodeInputs:
 
     @property
     def cache_seqlens(self) -> Tensor:
-        return torch.tensor(self.lengths, dtype=torch.int32)
+        return torch.tensor(self.lengths, dtype=torch.int32, device=self.q.device)
 
     def arguments(self) -> dict[str, Any]:
         return {
@@ -106,9 +106,11 @@ def decode_inputs(
     )  # fmt: skip
 
 
-def check_decode(i: DecodeInputs, backend: str, **more: Any) -> None:
+def check_decode(i: DecodeInputs, backend: str, device: str = "cpu", **more: Any) -> None:
     """Output and log-sum-exp of every sequence within the budget of plain PyTorch."""
-    out, lse = attention_decode(**i.arguments(), return_lse=True, backend=backend, **more)
+    arguments = moved(i, device).arguments()
+    out, lse = attention_decode(**arguments, return_lse=True, backend=backend, **more)
+    out, lse = out.cpu(), lse.cpu()
     given = dict(i.options)
     tensors = {name: given.pop(name, None) for name in ("sinks", "alibi_slopes")}
     given = {"causal": True, "return_lse": True, **given}

@@ -56,12 +56,9 @@ def attention_decode(
         k, v, bias = k_cache[:0], v_cache[:0], None
         k, v = (t.new_empty(q.shape[0], 0, *t.shape[2:]) for t in (k, v))
     else:
-        used = (torch.arange(keys, device=q.device) < lengths[:, None])[:, :, None, None]
+        unused = (torch.arange(keys, device=q.device) >= lengths[:, None])[:, :, None, None]
         # What was never written may be NaN, which a weight of 0 does not hide.
-        k, v = (
-            torch.where(used, _dense(t, block_table, keys), torch.zeros((), dtype=t.dtype))
-            for t in (k_cache, v_cache)
-        )
+        k, v = (_dense(t, block_table, keys).masked_fill(unused, 0.0) for t in (k_cache, v_cache))
         bias = _bias(q, lengths, alibi_slopes, window, keys)
     out, lse = aten.attention_fwd(
         q, k, v, sinks, bias, None, None, None, None, scale, (-1, -1), softcap, 0.0, True
