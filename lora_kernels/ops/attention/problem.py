@@ -80,6 +80,10 @@ class AttentionProblem:
             )
         return cls(**shapes)  # type: ignore[arg-type]
 
+    def evidence_key(self) -> _evidence.Key:
+        """A measurement speaks for its own size of heads alone."""
+        return _evidence.fields_key(self, exact=("D", "Dv"))
+
     def reach(self) -> tuple[int, int]:
         """The window, a side that excludes no key written as -1."""
         left, right = self.window
