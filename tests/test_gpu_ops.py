@@ -5,7 +5,10 @@ Without a GPU the rows run on the CPU with `aten`; the tests marked gpu run the 
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -136,8 +139,6 @@ def test_the_key_of_a_problem_is_json(op):
     row = ROWS[op]
     inputs = row.inputs(**row.small[0])
     key = _evidence.key_of(_registry.find(op).problem(**row.problem(inputs), device="cuda"))
-    import json
-
     assert json.loads(json.dumps(dict(key.kind))) == dict(key.kind)
     assert all(type(n) is int and n > 0 for n in key.sizes.values())
     assert "device" not in key.kind
@@ -209,3 +210,89 @@ def test_forward_and_backward_in_a_graph(op, backend):
     torch.cuda.synchronize()
     for replayed, plain in zip(grads, work.fwdbwd(), strict=True):
         assert torch.equal(replayed, plain)
+
+
+@pytest.mark.parametrize("op", parts.covered())
+def test_auto_on_a_gpu_asks_the_ledger(op, monkeypatch, tmp_path):
+    """With a table that says a backend is twice as quick there, auto takes it; else aten."""
+    from lora_kernels.ops import _ledger
+
+    row = ROWS[op]
+    backend = row.gpu_backends()[0]
+    problem = _registry.find(op).problem(**row.problem(row.inputs(**row.small[0])), device="cuda")
+    key = _evidence.key_of(problem)
+    here = _ledger.Device("NVIDIA H100 80GB HBM3", "sm_90")
+    monkeypatch.setattr(_ledger, "device", lambda index: here)
+    monkeypatch.setattr(_ledger, "folder", lambda name: tmp_path)
+    told = {"sizes": dict(key.sizes), "kind": dict(key.kind), "ms": {FLOOR: 1.0, backend: 0.5}}
+    table = {
+        "schema": _ledger.SCHEMA, "op": op, "date": "2026-11-22", "commit": "0",
+        "device": {"type": "cuda", "name": here.name, "architecture": here.architecture},
+        "backends": {backend: {"verdict": "passed", "digest": _ledger.source_digest(op, backend)}},
+        "entries": [{**told, "direction": d} for d in _ledger.DIRECTIONS],
+    }  # fmt: skip
+    able = {b: lambda p: (True, "kernels") for b in GPU_BACKENDS}
+    real = _evidence.choose
+
+    def choose(name, backends, problem, direction, supports):
+        asked.append(name)
+        return real(name, backends, problem, direction, lambda b, p: able[b](p))
+
+    asked: list[str] = []
+    monkeypatch.setattr(_evidence, "choose", choose)
+    _evidence.forget()
+    assert _registry.find(op).choose(problem, None)[0] == FLOOR
+    (tmp_path / "h100.json").write_text(json.dumps(table))
+    _evidence.forget()
+    chosen, why = _registry.find(op).choose(problem, None)
+    assert chosen == backend
+    assert "0.50 of the time of aten" in why
+    assert set(asked) == {op}
+    _evidence.forget()
+
+
+# What says which problems can run, not what they give.
+ABOUT = ("problem", "capabilities", "formats", "_dispatch", "_evidence", "_ledger", "tuned_tiles")
+
+
+def _modules_of(op: str, backend: str) -> set[Path]:
+    """The files of the op's folder and the shared ones of ops that a backend imports, however
+    deep, its problem description apart: that says what can run, not what it gives."""
+    root = _ledger_package()
+    found: set[Path] = set()
+    queue = [root / "ops" / op / f"{backend}.py"]
+    while queue:
+        path = queue.pop()
+        if path in found or not path.exists() or path.stem in ABOUT:
+            continue
+        found.add(path)
+        for name in re.findall(r"lora_kernels\.ops\.([\w.]+)", path.read_text()):
+            queue.append(root / "ops" / f"{name.replace('.', '/')}.py")
+        for lead, names in re.findall(
+            r"^\s*from lora_kernels\.ops\.?([\w.]*) import \(?([\w, \n]+)", path.read_text(), re.M
+        ):
+            for name in re.findall(r"\w+", names):
+                queue.append(root / "ops" / lead.replace(".", "/") / f"{name}.py")
+    return found
+
+
+def _ledger_package() -> Path:
+    from lora_kernels.ops import _ledger
+
+    return _ledger.PACKAGE
+
+
+@pytest.mark.parametrize(
+    ("op", "backend"), sorted({(op, b) for op, own in parts.covered().items() for b in own[1:]})
+)
+def test_evidence_belongs_to_every_file_that_a_kernel_is_made_of(op, backend):
+    """Else a changed kernel would keep the verdict of the one before."""
+    from lora_kernels.ops import _ledger
+
+    root = _ledger.PACKAGE
+    hashed = {p for pattern in _ledger.SOURCES[backend] for p in root.glob(pattern.format(op=op))}
+    own = {p for p in _modules_of(op, backend) if p.parent in (root / "ops", root / "ops" / op)}
+    own = {p for p in own if p.name != "_philox.py"}  # a definition that tests hold fast
+    assert (root / "ops" / op / f"{backend}.py") in own
+    missing = sorted(str(p.relative_to(root)) for p in own - hashed)
+    assert not missing, f"add to _ledger.SOURCES, or name the files so: {missing}"
