@@ -15,6 +15,7 @@ template <class E>
 struct BwdBuffers {
   using P = typename E::P;
   int64_t d, dv, keys;  // padded
+  int64_t depth, depth_v;  // of the sums over d
   P *k_columns, *k_rows, *v_columns;
   float *dk, *dv_sum;            // [keys / NR][d][NR]
   P *q, *dout, *q_t, *dout_t;    // of a block of rows
@@ -22,7 +23,8 @@ struct BwdBuffers {
   P *p_strips, *ds_strips, *ds_rows, *staged;
 
   BwdBuffers(const Problem& p, int64_t key_rows, Arena& arena)
-      : d(round_up(p.d, E::NR)), dv(round_up(p.dv, E::NR)), keys(key_rows) {
+      : d(round_up(p.d, E::NR)), dv(round_up(p.dv, E::NR)), keys(key_rows),
+        depth(round_up(p.d, E::KR)), depth_v(round_up(p.dv, E::KR)) {
     k_columns = arena.take<P>(keys * d);
     k_rows = arena.take<P>(keys * d);
     v_columns = arena.take<P>(keys * dv);
@@ -208,10 +210,10 @@ void bwd_rows(const BwdParams& p, const BwdBlock<E>& k, BwdBuffers<E>& w) {
       lowest = std::min(lowest, first[g]);
       highest = std::max(highest, last[g]);
       for (int64_t c = first[g]; c < last[g]; c += E::NR) {
-        E::product(w.q + r0 * w.d, w.d, w.k_columns + (at + c) * w.d, r1 - r0, w.d,
-                   w.scores + r0 * E::BC + c, E::BC, false);
-        E::product(w.dout + r0 * w.dv, w.dv, w.v_columns + (at + c) * w.dv, r1 - r0, w.dv,
-                   w.dp + r0 * E::BC + c, E::BC, false);
+        E::product(w.q + r0 * w.d, w.d, w.k_columns + (at + c) * w.d, r1 - r0,
+                   w.depth, w.scores + r0 * E::BC + c, E::BC, false);
+        E::product(w.dout + r0 * w.dv, w.dv, w.v_columns + (at + c) * w.dv, r1 - r0,
+                   w.depth_v, w.dp + r0 * E::BC + c, E::BC, false);
       }
       score_gradients<E, kPlain>(p, k, j0, r0, r1, first[g], last[g], w);
       if (p.dq.data != nullptr) {

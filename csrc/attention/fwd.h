@@ -35,12 +35,12 @@ FwdTask fwd_task(const FwdParams& p, int64_t task) {
 template <class E>
 struct FwdBuffers {
   using P = typename E::P;
-  int64_t d, dv;  // padded
+  int64_t d, dv, depth;  // padded; depth: of the sums over d
   P *k, *v, *q, *weights, *staged;
   float *scores, *out, *top, *total;
 
   FwdBuffers(const Problem& p, int64_t key_rows, Arena& arena)
-      : d(round_up(p.d, E::NR)), dv(round_up(p.dv, E::NR)) {
+      : d(round_up(p.d, E::NR)), dv(round_up(p.dv, E::NR)), depth(round_up(p.d, E::KR)) {
     k = arena.take<P>(key_rows * d);
     v = arena.take<P>(key_rows * dv);
     q = arena.take<P>(E::BR * d);
@@ -144,7 +144,7 @@ void fwd_rows(const FwdParams& p, const FwdTask& t, const Head& head, int64_t i0
       typename E::P* weights = w.weights + r0 * E::BC;
       float* out = w.out + r0 * w.dv;
       for (int64_t c = first; c < last; c += E::NR) {
-        E::product(w.q + r0 * w.d, w.d, w.k + (j0 - t.key0 + c) * w.d, r1 - r0, w.d, scores + c,
+        E::product(w.q + r0 * w.d, w.d, w.k + (j0 - t.key0 + c) * w.d, r1 - r0, w.depth, scores + c,
                    E::BC, false);
       }
       for (int64_t r = r0; r < r1; ++r) {

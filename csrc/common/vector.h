@@ -24,9 +24,15 @@ inline Vec load(const bf16* p) {
   return (Vec)(__builtin_convertvector(h, UVec) << 16);
 }
 inline Vec load(const fp16* p) {
+#if LK_LANES == 16 && defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif LK_LANES == 8 && defined(__F16C__)
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
   Vec v;
   for (int l = 0; l < LK_LANES; ++l) v[l] = to_float(p[l]);
   return v;
+#endif
 }
 inline void store_vec(float* p, Vec v) { *reinterpret_cast<VecU*>(p) = v; }
 
@@ -58,7 +64,15 @@ inline void store_vec(bf16* p, Vec v) {
   *reinterpret_cast<HVecU*>(p) = __builtin_convertvector((quiet & nan) | (rounded & ~nan), HVec);
 }
 inline void store_vec(fp16* p, Vec v) {
+#if LK_LANES == 16 && defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif LK_LANES == 8 && defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
   for (int l = 0; l < LK_LANES; ++l) from_float(v[l], p[l]);
+#endif
 }
 
 }  // namespace

@@ -168,6 +168,8 @@ def test_auto_takes_the_kernels_where_they_were_measured_to_win():
         assert told["backend"] == "cpu"
     few = lk.explain("attention", **{**shapes, "S": 1}, Sk=256)
     assert few["backend"] == "aten" and "rows share a key head" in few["reason"]
+    full = lk.explain("attention", **{**shapes, "dtype": "float32", "causal": False})
+    assert full["backend"] == "aten"
     wide = lk.explain("attention", **{**shapes, "dtype": "float64"})
     assert wide["backend"] == "aten" and "fp32" in wide["reason"]
     assert problem.supports("cpu", problem.AttentionProblem.from_shapes(**shapes))[0]

@@ -3,6 +3,7 @@ keys, packed sequences, windows and masks in place, no scores in memory."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lora_kernels._backends import cpu as backend
@@ -10,6 +11,7 @@ from lora_kernels.ops.attention import capabilities
 from lora_kernels.ops.attention.operands import sink_gradient
 from lora_kernels.ops.attention.problem import AttentionProblem
 
+_EVEN = frozenset({"float32", "gqa", "sinks", "bool_mask", "additive_mask"})
 _MEASURED = ("amx", "avx512")
 _LEAST_ROWS = 32  # below, packing the keys costs more than it saves
 
@@ -39,6 +41,8 @@ def outruns_aten(problem: AttentionProblem) -> tuple[bool, str]:
         return False, f"not measured against SDPA with {module.isa()} kernels"
     if problem.S * (problem.H // problem.Hk) < _LEAST_ROWS:
         return False, f"fewer than {_LEAST_ROWS} rows share a key head: SDPA reads the keys once"
+    if problem.dtype == torch.float32 and problem.features() <= _EVEN:
+        return False, "in fp32, with nothing to leave out, SDPA's products are as quick"
     return True, why
 
 
