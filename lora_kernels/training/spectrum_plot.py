@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 _SHOWN_ROWS = 24
 _NUMBERED = 16
+_LINES = 60  # curves that can be told apart
 
 
 def _grid(names: list[str]) -> tuple[list[str], list[int], list[tuple[int, int]]]:
@@ -56,25 +57,42 @@ def draw_spectra(path: Path, inspection: Inspection) -> None:
     _map(middle, ranks, rows, columns, "viridis", f"effective rank (r = {inspection.r})")
     middle.set_title("number of directions that it uses", fontsize=10)
     middle.set_xlabel("block")
-    colours = _colours(len(rows))
-    seen = set()
-    for s, (row, _) in zip(layers, places, strict=True):
-        sigma = np.array(s.singular_values)
-        if sigma.size == 0 or sigma[0] <= 0.0:
-            continue
-        lower.plot(
-            np.arange(1, sigma.size + 1), sigma / sigma[0], color=colours[row], alpha=0.55,
-            linewidth=1.1, label=None if row in seen or len(rows) > _SHOWN_ROWS else rows[row],
-        )  # fmt: skip
-        seen.add(row)
+    named = _spectra(lower, layers, [row for row, _ in places], rows)
     lower.set_title("singular values, as part of the layer's largest", fontsize=10)
     lower.set_xlabel("number of the singular value")
     lower.set_ylim(0, 1.03)
     lower.grid(alpha=0.25)
     lower.spines[["top", "right"]].set_visible(False)
-    if seen and len(rows) <= _SHOWN_ROWS:
+    if named:
         lower.legend(frameon=False, fontsize=8, ncols=2)
     figure.savefig(path, dpi=130)
+
+
+def _spectra(axes: Any, layers: list[Any], kinds: list[int], rows: list[str]) -> bool:
+    """A line per layer in the colour of its kind; of many layers the median of each kind, with its
+    layers in pale. True when the lines have names."""
+    import numpy as np
+
+    colours, named = _colours(len(rows)), len(rows) <= _SHOWN_ROWS
+    found: dict[int, list[Any]] = {}
+    for s, kind in zip(layers, kinds, strict=True):
+        sigma = np.array(s.singular_values)
+        if sigma.size and sigma[0] > 0.0:
+            found.setdefault(kind, []).append(sigma / sigma[0])
+    many = sum(map(len, found.values())) > _LINES
+    for kind, curves in found.items():
+        name = rows[kind] + (" (median)" if many else "") if named else None
+        for i, curve in enumerate(curves):
+            axes.plot(
+                np.arange(1, curve.size + 1), curve, color=colours[kind],
+                alpha=0.1 if many else 0.55, linewidth=1.1,
+                label=name if i == 0 and not many else None,
+            )  # fmt: skip
+        if many:
+            size = min(curve.size for curve in curves)
+            middle = np.median([curve[:size] for curve in curves], axis=0)
+            axes.plot(np.arange(1, size + 1), middle, color=colours[kind], linewidth=2, label=name)
+    return named and bool(found)
 
 
 def _map(
