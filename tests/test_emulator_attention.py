@@ -4,7 +4,9 @@ the CPU, against the fp64 formula. Nothing runs on a GPU."""
 from __future__ import annotations
 
 import dataclasses
+import re
 
+import emulator_library
 import pytest
 import torch
 from emulated_attention import FAULTS, LARGE, SMALL, emulator, with_fault
@@ -119,6 +121,13 @@ def test_expanded_output_gradient():
 def test_devices_with_little_shared_memory(emulator):
     emulator.lk_options(0, 0, SMALL)
     check(B=1, S=140, D=128, causal=True)
+
+
+def test_python_asks_for_as_much_shared_memory_as_the_kernels_need():
+    header = (emulator_library.CSRC / "attention/cuda/launch.h").read_text()
+    needed = re.search(r"kSharedMemoryNeeded = (\d+) << 10;", header)
+    assert needed is not None
+    assert int(needed[1]) << 10 <= loader._SHARED_BYTES <= SMALL
 
 
 def test_operand_loads_have_no_bank_conflicts(emulator):

@@ -35,7 +35,19 @@ def supports(problem: AttentionProblem) -> tuple[bool, str]:
     if problem.H > _MAX_HEADS:
         return False, f"{problem.H} heads are too many; at most {_MAX_HEADS}"
     reason = backend.device_reason()
-    return not reason, reason or "CUDA C++ kernels"
+    return not reason, reason or f"CUDA C++ kernels, {_kernels_of(problem)}"
+
+
+def _kernels_of(problem: AttentionProblem) -> str:
+    """Which ones run where the tensors can be described to the copy engine, and why no others."""
+    if _kernel() != "auto":
+        return f"{_kernel()} by LORA_KERNELS_CUDA_ATTENTION"
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) != (9, 0):
+        return f"sm_80 (compute capability {major}.{minor}; those of sm_90a need 9.0)"
+    if problem.softcap or problem.alibi or problem.dropout_p:
+        return "sm_80 (softcap, ALiBi and dropout are not in those of sm_90a)"
+    return "sm_90a"
 
 
 def _kernel() -> str:
