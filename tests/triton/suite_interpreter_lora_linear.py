@@ -113,9 +113,19 @@ def test_groups_that_need_several_launches(launches):
     split = configs.Rows(32, 64, 2, 4, 2)
     with configs.forced(shrink=split, da_pass=configs.Rows(128, 32, 2, 4, 2)):
         check(70, 200, (40, 24, 16), (130, 100, 7), torch.bfloat16)
-    shrinks = [options for name, options in launches if name == "shrink"]
+    names = [name for name, _ in launches]
+    forward = launches[: next(i for i, name in enumerate(names) if name.startswith("gemm"))]
+    shrinks = [options for name, options in forward if name == "shrink"]
     assert len(shrinks) > 1
     assert all(options["PARTIAL"] for options in shrinks)
+
+
+@pytest.mark.parametrize(("rank", "apart"), [(16, False), (70, True)])
+def test_partial_sums_of_large_ranks_do_not_outgrow_dy(launches, rank, apart):
+    check(37, 72, 300, rank, torch.bfloat16, dropout_p=0.2)
+    (pass_,) = [options for name, options in launches if name == "dy_pass"]
+    assert pass_["NEED_DS"] is not apart
+    assert [name for name, _ in launches].count("shrink") == 1 + apart
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)

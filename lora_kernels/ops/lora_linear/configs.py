@@ -381,6 +381,12 @@ def dy_pass(M: int, N: int, rank: int, itemsize: int, where: Target) -> Rows:
     return Rows(held, step, splits, 4 if where.amd else 8, _stages(step * row, where, 3))
 
 
+def ds_apart(rank: int, c: Rows, itemsize: int) -> bool:
+    """Is dS better made by a pass of its own: the partial sums of dy_pass, written and read in
+    fp32 for every `held` columns of dY, would be more bytes than dY is."""
+    return 8 * rank > c.held * itemsize
+
+
 def da_pass(M: int, K: int, total: int, itemsize: int, where: Target) -> Rows:
     if "da_pass" in _forced:
         return _forced["da_pass"]

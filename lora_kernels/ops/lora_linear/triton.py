@@ -7,8 +7,9 @@ calls can be captured in a graph once their kernels are compiled (the first call
 
     forward   shrink (one pass over X for the group), sum_partials if K was split, one K-extended
               GEMM per member
-    backward  one pass over each dY for dS and dB, one sum_partials for all, one pass over X for
-              every dA, its sum_partials, one K-extended GEMM for dX of the whole group
+    backward  one pass over each dY for dS and dB (of large ranks a shrink for dS, one for dB), one
+              sum_partials for all, one pass over X for every dA, its sum_partials, one K-extended
+              GEMM for dX of the whole group
 
 CPU tensors run in Triton's interpreter when TRITON_INTERPRET=1 was set before the first launch.
 """
@@ -345,19 +346,25 @@ def _dy_passes(
         splits = max(1, -(-m // per_split))
         part_s = s[:, column : column + rank]
         column += rank
-        ds_part = x.new_empty((tiles, m, rank) if need_ds else 0, dtype=torch.float32)
+        factor = float(scaling * drop.scale)
+        apart = need_ds and configs.ds_apart(rank, c, x.dtype.itemsize)
+        with_ds = need_ds and not apart
+        ds_part = x.new_empty((tiles, m, rank) if with_ds else 0, dtype=torch.float32)
         db_part = x.new_empty((splits, n, rank) if need_db else 0, dtype=torch.float32)
-        if tiles:
+        if tiles and (with_ds or need_db):
             _kernels().dy_pass[(tiles, splits)](
                 dy, b, part_s, ds_part, db_part, m, n, rank, *dy.stride(), *b.stride(),
                 s.stride(0), per_split,
                 RP=configs.padded_rank(rank), BM=c.step, BN=c.held,
-                NEED_DS=need_ds, NEED_DB=need_db, PRECISION=_precision(x.dtype),
+                NEED_DS=with_ds, NEED_DB=need_db, PRECISION=_precision(x.dtype),
                 num_warps=c.num_warps, num_stages=c.num_stages,
             )  # fmt: skip
-        if need_ds:
+        if apart:
+            plain = _Dropout(False, 0, factor, dy)
+            dss.append(_shrink(dy, [b.t()], plain))
+        elif need_ds:
             dss.append(x.new_empty(m, rank))
-            sums.append((ds_part, dss[-1], float(scaling * drop.scale)))
+            sums.append((ds_part, dss[-1], factor))
         if need_db:
             dbs.append(b.new_empty(b.shape))
             sums.append((db_part, dbs[-1], float(scaling)))
