@@ -20,7 +20,7 @@ from lora_kernels.ops.quant_linear.formats import QuantSpec
 from lora_kernels.ops.quant_linear.problem import FORMAT_NAMES
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-KERNELS = host._kernels()[:-1]
+KERNELS = host._kernels()
 SHARED_BYTES = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 _BLOCK = {formats.FLAT: 64, formats.GPTQ: 128, formats.AWQ: 128, formats.FP8_BLOCK: 128}
 
@@ -60,7 +60,7 @@ def compile_case(monkeypatch):
         target = configs.Target(case.target, processors, SHARED_BYTES[case.target])
         found: list[ahead_of_time.Compiled] = []
         recorders = [ahead_of_time.Recorder(kernel, found) for kernel in KERNELS]
-        monkeypatch.setattr(host, "_kernels", lambda: host._Kernels(*recorders, False))
+        monkeypatch.setattr(host, "_kernels", lambda: host._Kernels(*recorders))
         monkeypatch.setattr(host, "_target", lambda *args: target)
         spec, seed = case.spec, torch.zeros((), dtype=torch.int64)
         parts = tuple(torch.empty(p.shape, dtype=p.dtypes[0]) for p in parts_of(spec))

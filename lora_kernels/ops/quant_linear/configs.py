@@ -94,12 +94,14 @@ def launch(rows: int, itemsize: int, backward: bool, fast: bool) -> Launch:
     registers hold beside the sums and, where not `fast`, a scale per element."""
     if "launch" in _forced:
         return _forced["launch"]
-    tile, most = 16, 32 if itemsize == 4 else 64
+    tile, most = 16, 32 if itemsize == 4 or backward else 64
     while tile < min(rows, most):
         tile *= 2
     if not fast or itemsize == 4:
         return Launch(tile, 4, 1)
-    return Launch(tile, 4, AHEAD if tile <= 32 and not backward else 2 if tile <= 32 else 1)
+    if backward:  # the tile is turned on its way to the matrix unit
+        return Launch(tile, 4, 2 if tile == 16 else 1)
+    return Launch(tile, 4, AHEAD if tile <= 32 else 2)
 
 
 _forced: dict[str, Any] = {}

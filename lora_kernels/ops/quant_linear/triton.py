@@ -17,7 +17,6 @@ CPU tensors run in Triton's interpreter when TRITON_INTERPRET=1 was set before t
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -38,16 +37,9 @@ _FINISH = (16, 64)  # rows and columns of a tile
 
 def supports(problem: QuantLinearProblem) -> tuple[bool, str]:
     """Can the kernels run `problem`, at whatever speed; the reason is for people."""
-    module, reason = backend.load()
-    if module is None:
+    able, reason = backend.usable(problem.device, None, "x" if problem.M else "q")
+    if not able:
         return False, reason
-    if problem.device == "cpu":
-        if not backend.interpreting():
-            return False, "the tensors are on cpu; Triton runs there with TRITON_INTERPRET=1 only"
-    elif problem.device != "cuda":
-        return False, f"the tensors are on {problem.device}, the kernels work on cuda tensors"
-    elif backend.interpreting():
-        return False, "TRITON_INTERPRET=1 is set, which is for cpu tensors; unset it"
     dtypes = FLOATS if problem.M == 0 else _DTYPES
     if problem.dtype not in dtypes:
         return False, f"dtype {problem.dtype} is not supported; float32, bfloat16 and float16 are"
@@ -57,8 +49,7 @@ def supports(problem: QuantLinearProblem) -> tuple[bool, str]:
         return False, "in_features or out_features is 0"
     if max(problem.M, problem.K, problem.N) >= 2**31:
         return False, "an extent of 2**31 or more is not supported"
-    where = "the interpreter" if problem.device == "cpu" else "Triton"
-    return True, f"{where} {module.__version__} kernels"
+    return True, reason
 
 
 class _Kernels(NamedTuple):
@@ -69,13 +60,10 @@ class _Kernels(NamedTuple):
     quantize_flat: Any
     quantize_nested: Any
     quantize_rows: Any
-    interpreted: bool
 
 
 @functools.cache
 def _kernels() -> _Kernels:
-    from triton.runtime.interpreter import InterpretedFunction
-
     from lora_kernels.ops.quant_linear import triton_dequantize, triton_gemm, triton_quantize
 
     return _Kernels(
@@ -86,23 +74,7 @@ def _kernels() -> _Kernels:
         triton_quantize.quantize_flat,
         triton_quantize.quantize_nested,
         triton_quantize.quantize_rows,
-        isinstance(triton_gemm.products, InterpretedFunction),
     )
-
-
-def _arithmetic() -> AbstractContextManager[None]:
-    if not _kernels().interpreted:
-        return nullcontext()
-    from lora_kernels._backends import triton_interpreter
-
-    return triton_interpreter.exact()
-
-
-def _on_device(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device; x need not be there."""
-    if not x.is_cuda or x.device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(x.device)
 
 
 @functools.cache
@@ -143,7 +115,7 @@ def dequantize(parts: tuple[Tensor, ...], spec: QuantSpec, dtype: torch.dtype) -
     n = spec.numel
     if n == 0:
         return out
-    with _on_device(out), _arithmetic():
+    with backend.on_device(out), backend.arithmetic(_kernels().products):
         if spec.layout == formats.FLAT:
             _kernels().dequantize_flat[(-(-n // (8 * _THREADS)),)](
                 tuple(parts), out, n, BLOCK=spec.block_size, NESTED=spec.nested_block_size,
@@ -272,7 +244,7 @@ def _packed_product(
         shared["matrix_instr_nonkdim"] = 16  # one instruction whatever the tile
     bias_stride = 0 if bias is None else bias.stride(0)
     drawn = seed if seed is not None and limit else z
-    with _on_device(z), _arithmetic():
+    with backend.on_device(z), backend.arithmetic(_kernels().products):
         _kernels().products[
             (-(-p // w.held) + -(-rank // w.held), -(-m // c.rows), splits)
         ](
@@ -314,7 +286,7 @@ def quantize(w: Tensor, spec: QuantSpec) -> tuple[Tensor, ...] | None:
     if w.numel() == 0 or spec.layout not in (formats.FLAT, *rows_of):
         return None
     w = w.detach().contiguous()
-    with _on_device(w), _arithmetic():
+    with backend.on_device(w), backend.arithmetic(_kernels().products):
         if spec.layout == formats.FLAT:
             return _quantize_flat(w, spec)
         fp8 = spec.layout == formats.FP8_ROW
