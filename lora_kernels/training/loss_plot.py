@@ -35,7 +35,8 @@ def draw_losses(path: Path, report: dict[str, Any]) -> None:
         label = f"{name}, training"
         if len(steps) > _LEGIBLE:
             axes.plot(steps, losses, color=color, linewidth=0.7, alpha=0.25)
-            losses, label = running_mean(losses, len(steps) // 40), f"{label} (running mean)"
+            losses = tuple(running_mean(losses, len(steps) // 40))
+            label += " (running mean)"
         axes.plot(steps, losses, color=color, linestyle=style, linewidth=1.6, label=label)
         points = report["validation_losses" + suffix]
         if points:
