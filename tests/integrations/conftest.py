@@ -28,7 +28,14 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         calls.count += len(ys)
         return ys
 
+    dora = linear.dora_linear
+
+    def counted_dora(*args: object, **kwargs: object) -> torch.Tensor:
+        calls.count += 1
+        return dora(*args, **kwargs)
+
     monkeypatch.setattr(linear, "lora_linear", counted)
+    monkeypatch.setattr(linear, "dora_linear", counted_dora)
     monkeypatch.setattr(layer_group, "grouped_lora_linear", counted_group)
     return calls
 

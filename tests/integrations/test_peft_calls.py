@@ -63,7 +63,9 @@ def test_several_active_adapters(fused_calls: Calls, caplog: pytest.LogCaptureFi
 
 
 def test_layer_with_one_fusable_adapter_of_two(fused_calls: Calls) -> None:
-    model, x = mlp(use_dora=True), torch.randn(5, 20)
+    model, x = mlp(lora_dropout=0.1).eval(), torch.randn(5, 20)
+    for name in ("up", "mid", "down"):
+        layer(model, name).lora_dropout["default"].inplace = True
     model.add_adapter("plain", lora_config(target_modules=["up", "mid", "down"]))
     assert {e.status for e in lk.apply(model).layers} == {"stock"}
     model(x)

@@ -171,7 +171,6 @@ def test_hook_registered_later_fires_and_is_forgotten(fused_calls: Calls) -> Non
 
 
 VARIANTS = {
-    "DoRA": ({"use_dora": True}, "the adapter is DoRA (DoraLinearVariant)"),
     "aLoRA": (
         {"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"},
         "the adapter is a LoRA variant (ALoraLinearVariant)",

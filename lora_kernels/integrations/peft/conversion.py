@@ -189,7 +189,8 @@ def _adapter_reason(layer: LoraLayer, adapter: str, sharded: bool) -> str:
         # What a call reads may not be there yet: quantization, shards, devices.
         return ""
     # A call checks again; by then weights on meta are loaded and FSDP2 has gathered its shards.
-    named = [(n, t) for n, t in eligibility.named_parameters(parts) if not t.is_meta]
+    found = eligibility.named_parameters(parts, eligibility.magnitude_of(layer, adapter))
+    named = [(n, t) for n, t in found if not t.is_meta]
     if sharded:
         named = [(n, t) for n, t in named if type(t).__name__ != "DTensor"]
     return eligibility.parameters_reason(named) if named else ""

@@ -11,7 +11,9 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
@@ -47,7 +49,12 @@ def parts_of(layer: Any, adapter: str) -> Parts:
     )
 
 
-def named_parameters(parts: Parts) -> list[tuple[str, Tensor]]:
+def magnitude_of(layer: Any, adapter: str) -> Any:
+    """The module that holds DoRA's magnitude of this adapter; None for an adapter without DoRA."""
+    return layer.lora_magnitude_vector[adapter] if adapter in layer.lora_variant else None
+
+
+def named_parameters(parts: Parts, magnitude: Any = None) -> list[tuple[str, Tensor]]:
     named = [
         ("base_layer.weight", parts.base.weight),
         ("lora_A.weight", parts.lora_a.weight),
@@ -56,6 +63,8 @@ def named_parameters(parts: Parts) -> list[tuple[str, Tensor]]:
     for name, bias in (("base_layer.bias", parts.base.bias), ("lora_B.bias", parts.lora_b.bias)):
         if bias is not None:
             named.append((name, bias))
+    if magnitude is not None:
+        named.append(("lora_magnitude_vector.weight", magnitude.weight))
     return named
 
 
@@ -66,8 +75,9 @@ def qualified_name(cls: type) -> str:
 def layer_reason(layer: LoraLayer, adapter: str, parts: Parts) -> str:
     """Why `adapter` of this layer cannot be fused, from the modules alone; "" when it can."""
     if adapter in layer.lora_variant:
-        kind = "DoRA" if layer.use_dora.get(adapter) else "a LoRA variant"
-        return f"the adapter is {kind} ({type(layer.lora_variant[adapter]).__name__})"
+        reason = _variant_reason(layer, adapter, parts)
+        if reason:
+            return reason
     base, lora_a, lora_b, dropout = parts
     if type(base) not in _BASES and not is_quantized(base):
         return f"base_layer is {qualified_name(type(base))}, not torch.nn.Linear"
@@ -88,16 +98,37 @@ def layer_reason(layer: LoraLayer, adapter: str, parts: Parts) -> str:
     if not torch.compiler.is_compiling() and not math.isfinite(scaling):
         return f"scaling is {scaling}"
     for role, module in zip(Parts._fields, parts, strict=True):
-        if (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-        ):
-            return f"{_ROLES[role]} has hooks, which run only when it is called"
-        if "forward" in module.__dict__:
-            return f"{_ROLES[role]} has a forward of its own on the instance"
+        reason = _watched(module)
+        if reason:
+            return f"{_ROLES[role]} {reason}"
     return ""
+
+
+def _watched(module: nn.Module) -> str:
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return "has hooks, which run only when it is called"
+    return "has a forward of its own on the instance" if "forward" in module.__dict__ else ""
+
+
+def _variant_reason(layer: Any, adapter: str, parts: Parts) -> str:
+    """Why an adapter that is a variant cannot be fused; DoRA over a dense weight can."""
+    variant = type(layer.lora_variant[adapter])
+    if variant is not DoraLinearVariant:
+        return f"the adapter is a LoRA variant ({variant.__name__})"
+    magnitude = magnitude_of(layer, adapter)
+    if is_quantized(parts.base):
+        return f"the adapter is DoRA ({variant.__name__}) over a quantized weight"
+    if type(magnitude) is not DoraLinearLayer:
+        return f"lora_magnitude_vector is {qualified_name(type(magnitude))}"
+    if parts.lora_b.bias is not None:
+        return "the adapter is DoRA and lora_B has a bias"
+    reason = _watched(magnitude)
+    return f"lora_magnitude_vector {reason}" if reason else ""
 
 
 _ROLES = {"base": "base_layer", "lora_a": "lora_A", "lora_b": "lora_B", "dropout": "lora_dropout"}

@@ -138,7 +138,9 @@ def _member_reason(module: Any) -> str:
         if not isinstance(module, linear.FusedLoraLinear):
             return "the layer is stock"
         active = [a for a in module.active_adapters if a in module.lora_A]
-        return "several adapters are active" if len(active) > 1 else ""
+        if len(active) > 1:
+            return "several adapters are active"
+        return "the adapter is DoRA" if _adapter(module) in module.lora_variant else ""
     if type(module) not in fused:
         return f"{type(module).__name__} layers are computed one by one"
     return "the adapter is DoRA" if module.lora_magnitude_vector is not None else ""

@@ -13,7 +13,7 @@ from lora_kernels.integrations.peft.fallback import call_falls_back
 from lora_kernels.integrations.peft.quant_base import is_quantized
 from lora_kernels.modules import quant_peft
 from lora_kernels.modules.layer_group import Operands, group_of
-from lora_kernels.ops import lora_linear
+from lora_kernels.ops import dora_linear, lora_linear
 
 # Keywords that PEFT's hooks add. The offsets of activated LoRA concern adapters that are variants,
 # and these are never fused.
@@ -74,9 +74,11 @@ def fused_call(
             if base is not None:
                 return quant_linear.fused(x, parts, base, layer.scaling[adapter])
         elif not reason:
-            reason = eligibility.tensor_reason(layer, x, eligibility.named_parameters(parts))
+            magnitude = eligibility.magnitude_of(layer, adapter)
+            named = eligibility.named_parameters(parts, magnitude)
+            reason = eligibility.tensor_reason(layer, x, named)
             if not reason:
-                return _fused(x, parts, layer.scaling[adapter])
+                return _fused(x, parts, layer.scaling[adapter], magnitude)
     if reason:
         call_falls_back(reason)
     return None
@@ -106,7 +108,8 @@ def operands(layer: LoraLayer, x: Tensor) -> Operands | None:
         return None
     parts = parts_of(layer, adapter)
     if (
-        is_quantized(parts.base)
+        adapter in layer.lora_variant
+        or is_quantized(parts.base)
         or eligibility.layer_reason(layer, adapter, parts)
         or eligibility.mode_reason()
         or eligibility.tensor_reason(layer, x, eligibility.named_parameters(parts))
@@ -126,6 +129,10 @@ def _operands(parts: Parts, scaling: float) -> Operands:
     return Operands(weight, lora_a.weight, lora_b.weight, scaling, bias, p)
 
 
-def _fused(x: Tensor, parts: Parts, scaling: float) -> Tensor:
+def _fused(x: Tensor, parts: Parts, scaling: float, magnitude: Any = None) -> Tensor:
     weight, lora_a, lora_b, scaling, bias, dropout_p = _operands(parts, scaling)
+    if magnitude is not None:
+        return dora_linear(
+            x, weight, lora_a, lora_b, magnitude.weight, scaling, bias=bias, dropout_p=dropout_p
+        )
     return lora_linear(x, weight, lora_a, lora_b, scaling, bias=bias, dropout_p=dropout_p)
