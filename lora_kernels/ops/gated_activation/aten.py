@@ -1,7 +1,7 @@
 """gated_activation over library calls, in the dtype of gate: each rounds once, as in eager PyTorch.
 
-On the CPU some rows at a time, so that what lies between two calls is still in the cache and no
-temporary has the size of gate. Formulas: reference.py.
+On the CPU a large problem goes in pieces of rows, so that no temporary has its size. Formulas:
+reference.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ELEMENTS = 1 << 18  # of a piece on the CPU, per thread
+_ELEMENTS = 1 << 20  # of a piece on the CPU, per thread
 
 
 def _pieces(t: Tensor) -> Iterator[slice]:
@@ -46,15 +46,25 @@ def _slope(d: Tensor, g: Tensor, kind: str) -> Tensor:
     return d * torch.relu(g).mul_(2.0)
 
 
+def _forward(g: Tensor, u: Tensor | None, kind: str) -> Tensor:
+    h = _act(g, kind)
+    return h if u is None else h.mul_(u)
+
+
+def _backward(d: Tensor, g: Tensor, u: Tensor | None, kind: str) -> tuple[Tensor, Tensor | None]:
+    if u is None:
+        return _slope(d, g, kind), None
+    return _slope(d * u, g, kind), _act(g, kind).mul_(d)
+
+
 def gated_activation_fwd(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
     """H [M, N] of gate and up [M, N]."""
+    pieces = list(_pieces(gate))
+    if len(pieces) == 1:
+        return _forward(gate, up, kind)
     h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    for some in _pieces(gate):
-        part = _act(gate[some], kind)
-        if up is None:
-            h[some] = part
-        else:
-            torch.mul(part, up[some], out=h[some])
+    for some in pieces:
+        h[some] = _forward(gate[some], None if up is None else up[some], kind)
     return h
 
 
@@ -62,13 +72,14 @@ def gated_activation_bwd(
     dh: Tensor, gate: Tensor, up: Tensor | None, kind: str
 ) -> tuple[Tensor, Tensor | None]:
     """dgate and dup [M, N]; dup None without up."""
+    pieces = list(_pieces(gate))
+    if len(pieces) == 1:
+        return _backward(dh, gate, up, kind)
     dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     dup = None if up is None else torch.empty_like(dgate)
-    for some in _pieces(gate):
-        g, d = gate[some], dh[some]
-        if up is None or dup is None:
-            dgate[some] = _slope(d, g, kind)
-            continue
-        torch.mul(_act(g, kind), d, out=dup[some])
-        dgate[some] = _slope(d * up[some], g, kind)
+    for some in pieces:
+        dg, du = _backward(dh[some], gate[some], None if up is None else up[some], kind)
+        dgate[some] = dg
+        if dup is not None and du is not None:
+            dup[some] = du
     return dgate, dup
