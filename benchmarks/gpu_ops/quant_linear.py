@@ -1,6 +1,7 @@
 """quant_linear: against the dense weight in the dtype of X, and bitsandbytes.
 
-One row of X is decoding: its share of a copy's bandwidth counts. Many rows are training.
+No row of X is dequantization, one row is decoding: their share of a copy's bandwidth counts. Many
+rows are training.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from benchmarks.gpu_ops.row import GpuOp, Judge, Keywords, Work
 from benchmarks.peers import UnavailableError, load
-from lora_kernels.ops import quant_linear, quant_lora_linear
+from lora_kernels.ops import dequantize, quant_linear, quant_lora_linear
+from lora_kernels.ops.quant_linear import reference
 from lora_kernels.testing import (
+    BudgetExceededError,
     QuantLinearInputs,
     compare,
     lora_linear_results,
@@ -26,7 +29,22 @@ from lora_kernels.testing.oracle import LoraLinearResults
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
+def _bytes_of(i: QuantLinearInputs) -> Judge:
+    """Dequantization has no budget: the bytes of the reference or none."""
+    want = reference.dequantize(i.q.parts, i.q.spec, i.dense.x.dtype)
+
+    def check(got: dict[str, Tensor], label: str) -> object:
+        if not torch.equal(got["y"], want):
+            different = int((got["y"] != want).sum())
+            raise BudgetExceededError(f"{i.q.format}, {label}: {different} elements differ")
+        return None
+
+    return check
+
+
 def _judge(i: QuantLinearInputs) -> Judge:
+    if i.dense.x.shape[0] == 0:
+        return _bytes_of(i)
     needs = "xab" if i.adapter else "x"
     oracle = lora_linear_results(i.dense, torch.float64, needs=needs)
     low = yardstick(i.dense, oracle, needs)
@@ -41,8 +59,21 @@ def _judge(i: QuantLinearInputs) -> Judge:
     return check
 
 
+def _dequantize_work(i: QuantLinearInputs, provider: str) -> Work:
+    dtype = i.dense.x.dtype
+    if provider == "dense":
+        raise UnavailableError("a dense weight needs no dequantization")
+    if provider == "bitsandbytes":
+        packed, state = _bitsandbytes_weight(i)
+        theirs = load("bitsandbytes.functional", "dequantize_4bit")
+        return Work(lambda: {"y": theirs(packed, state)})
+    return Work(lambda: {"y": dequantize(i.q, dtype=dtype, backend=provider)})
+
+
 def _work(i: QuantLinearInputs, provider: str) -> Work:
     d = i.dense
+    if d.x.shape[0] == 0:
+        return _dequantize_work(i, provider)
     named = {"x": d.x, "a": d.lora_as[0], "b": d.lora_bs[0]}
     named = {n: t.detach().requires_grad_(n == "x" or i.adapter) for n, t in named.items()}
     leaves = {n: t for n, t in named.items() if t.requires_grad}
@@ -79,13 +110,16 @@ def _dense(i: QuantLinearInputs) -> Any:
 
 def _bitsandbytes(i: QuantLinearInputs) -> Any:
     """Its own kernels on the very same packed weight."""
-    spec, bias = i.q.spec, i.dense.biases[0]
+    packed, state = _bitsandbytes_weight(i)
+    bias, matmul = i.dense.biases[0], load("bitsandbytes", "matmul_4bit")
+    return lambda x: matmul(x, packed.t(), quant_state=state, bias=bias)
+
+
+def _bitsandbytes_weight(i: QuantLinearInputs) -> tuple[Tensor, Any]:
+    spec = i.q.spec
     if spec.format not in ("nf4", "fp4"):
         raise UnavailableError("bitsandbytes is called here for its 4-bit formats")
-    matmul, state_of = (
-        load("bitsandbytes", "matmul_4bit"),
-        load("bitsandbytes.functional", "QuantState"),
-    )
+    state_of = load("bitsandbytes.functional", "QuantState")
     parts = i.q.named_parts()
     nested, offset = None, None
     if spec.nested_block_size:
@@ -99,8 +133,7 @@ def _bitsandbytes(i: QuantLinearInputs) -> Any:
         blocksize=spec.block_size, quant_type=spec.format, dtype=i.dense.x.dtype, offset=offset,
         state2=nested,
     )  # fmt: skip
-    packed = parts["packed"].view(-1, 1)
-    return lambda x: matmul(x, packed.t(), quant_state=state, bias=bias)
+    return parts["packed"].view(-1, 1), state
 
 
 def _problem(i: QuantLinearInputs) -> Keywords:
@@ -130,6 +163,7 @@ ROW = GpuOp(
         {"M": 5, "K": 256, "N": 64, "rank": 4, "dtype": FP16, "format": "int4"},
         {"M": 70, "K": 96, "N": 40, "rank": 16, "dtype": BF16, "format": "int8",
          "dropout_p": 0.25},
+        {"M": 0, "K": 130, "N": 33, "rank": 0, "dtype": BF16, "format": "nf4"},
         {"M": 17, "K": 70, "N": 45, "rank": 5, "dtype": BF16, "format": "fp8"},
     ),
     cases={
@@ -137,6 +171,10 @@ ROW = GpuOp(
         "8192×4096×4096 nf4 nested r16 bfloat16": _case(
             8192, 4096, 4096, 16, "nf4", double_quant=True
         ),
+        "dequantize 4096×4096 nf4 nested bfloat16": _case(0, 4096, 4096, 0, "nf4"),
+        "1×4096×14336 nf4 bfloat16": _case(1, 4096, 14336, 0, "nf4"),
+        "64×4096×4096 nf4 bfloat16": _case(64, 4096, 4096, 0, "nf4"),
+        "dequantize 4096×4096 int4 bfloat16": _case(0, 4096, 4096, 0, "int4"),
         "1×4096×14336 int4 bfloat16": _case(1, 4096, 14336, 0, "int4"),
         "8×4096×14336 nf4 bfloat16": _case(8, 4096, 14336, 0, "nf4"),
         "2048×4096×14336 int4 r16 bfloat16": _case(2048, 4096, 14336, 16, "int4"),

@@ -185,8 +185,10 @@ def flops(problem: QuantLinearProblem, direction: str) -> float:
 
 
 def min_bytes(problem: QuantLinearProblem, direction: str) -> float:
-    """Every operand read once, every result written once."""
+    """Every operand read once, every result written once; M 0 writes W."""
     e, m, k = problem.dtype.itemsize, problem.M, problem.K
     n, r = problem.N, problem.rank
+    if m == 0:
+        return e * k * n + weight_bytes(problem)
     fwd = e * (m * k + r * (k + n) + m * n + m * r) + weight_bytes(problem)
     return float(fwd if direction == "fwd" else fwd + e * (m * k + r * (k + n)))
