@@ -94,7 +94,7 @@ def launch(rows: int, itemsize: int, backward: bool, fast: bool) -> Launch:
     registers hold beside the sums and, where not `fast`, a scale per element."""
     if "launch" in _forced:
         return _forced["launch"]
-    tile, most = 16, 32 if itemsize == 4 or backward else 64
+    tile, most = 16, 32 if itemsize == 4 or backward or not fast else 64
     while tile < min(rows, most):
         tile *= 2
     if not fast or itemsize == 4:
