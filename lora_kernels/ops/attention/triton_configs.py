@@ -89,7 +89,7 @@ _HOPPER = {
     ("grad_q", 0): _column((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
     ("grad_q", 1): _column((128, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 1)),
     ("grad_q", 2): _column((128, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
-    ("grad_kv", 0): _column((64, 128, 8, 2), (64, 128, 8, 2), (32, 32, 8, 1)),
+    ("grad_kv", 0): _column((64, 128, 8, 2), (32, 128, 8, 2), (32, 32, 8, 1)),
     ("grad_kv", 1): _column((64, 128, 8, 2), (32, 64, 8, 2), (16, 32, 8, 1)),
     ("grad_kv", 2): _column((32, 128, 8, 2), (32, 32, 8, 2), (16, 32, 8, 1)),
     ("grad_mask", 2): _column((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
@@ -146,6 +146,10 @@ def choose(kernel: str, D: int, Dv: int, itemsize: int, where: Target, burden: i
         return _forced[kernel]
     width = max(padded(D), padded(Dv))
     place = 0 if width <= 64 else 1 if width <= 128 else 2
+    two_parts = parts(D)[1] + parts(Dv)[1] > 0
+    in_registers = kernel == "grad_kv" or where.name not in _SHARED_UNITS
+    if burden == 2 and two_parts and in_registers:
+        place = 2  # addresses and masks of both parts beside their operands
     if itemsize == 4:
         tile = _FP32[kernel][place]
     else:
