@@ -79,7 +79,7 @@ class LayerGroup:
     def call(self, layer: nn.Module, x: Tensor) -> Tensor | None:
         """The result of `layer` for x; None when the layer has to compute it."""
         at = self._position(layer)
-        if self.dissolved or at < 0:
+        if self.dissolved or at < 0 or not isinstance(x, Tensor):
             return None
         compiling = torch.compiler.is_compiling()
         if compiling and _inside_traced_region():

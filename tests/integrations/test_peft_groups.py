@@ -396,6 +396,29 @@ def test_a_dropout_changed_later_is_obeyed(group_sizes):
     assert group_sizes == []
 
 
+def test_transforms_tracing_and_odd_inputs(group_sizes):
+    model = block()
+    lk.apply(model)
+    x = torch.randn(3, 5, 24)
+    want = model(x).detach()
+    parameters = dict(model.named_parameters())
+
+    def call(values, t):
+        return torch.func.functional_call(model, values, (t,))
+
+    mapped = torch.func.vmap(lambda t: call(parameters, t))(x)
+    _, tangent = torch.func.jvp(lambda t: call(parameters, t), (x,), (x,))
+    (grads,) = (torch.func.grad(lambda v: call(v, x).sum())(parameters),)
+    exported = torch.export.export(model, (x,)).module()(x)
+    for t in (mapped, exported):
+        assert_within_budget(t.detach(), want.double(), want, factor=4.0)
+    assert tangent.isfinite().all() and grads
+    with pytest.raises((AttributeError, TypeError)):
+        layer(model, "first")([1.0])
+    assert torch.equal(model(x), want)
+    assert not group_of(layer(model, "first")).dissolved
+
+
 def test_unknown_blocks_are_named():
     class Other(Block):
         pass
@@ -429,8 +452,9 @@ def test_layers_of_this_package(group_sizes):
                 p.normal_(0.0, 0.5)
     x = torch.randn(7, 24)
     stock, reference = results(model, x), results(as_fp64(model), x.double())
-    (group,) = lk.apply(model).groups
-    assert group["status"] == "fused"
+    report = lk.apply(model)
+    assert [g["status"] for g in report.groups] == ["fused"] and not report.layers
+    assert str(report) == "1 x *: first, second: computed together"
     assert_same(results(model, x), stock, reference)
     assert group_sizes == [2]
     model[0].second.adapter_enabled = False

@@ -29,7 +29,7 @@ class ApplyReport(Report):
     def __str__(self) -> str:
         """Layers that differ by block number alone share a row, if all else is equal."""
         if not self.layers:
-            return "no LoRA layer found"
+            return "\n".join(self._group_lines()) or "no LoRA layer found"
         alike: dict[tuple[str, str, str, str], list[LayerReport]] = {}
         for e in self.layers:
             alike.setdefault((_pattern(e.name), e.status, e.backend, e.reason), []).append(e)
