@@ -7,6 +7,7 @@ product with the dequantized weight.
 from __future__ import annotations
 
 import ctypes
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -288,6 +289,28 @@ def test_planted_faults_are_found(fault, rows, emulator):
         emulator.lk_options(seed, FAULTS[fault], LARGE)
         with pytest.raises(BudgetExceededError):
             check_quant_linear(inputs, "cuda", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(40))
+def test_random_problems(seed, emulator):
+    draw = random.Random(seed)
+    emulator.lk_options(seed, 0, draw.choice([LARGE, 99 << 10]))
+    for _ in range(5):
+        name = draw.choice(CHECKED)
+        sizes = {"nf4": (32, 64, 256), "fp4": (32, 128), "fp8_block": (32, 48, 128)}
+        sizes |= dict.fromkeys(("int4", "int4_awq"), (16, 32, 40, 128, -1))
+        block = {"block_size": draw.choice(sizes[name])} if name in sizes else {}
+        check_quant_linear(
+            quant_linear_inputs(
+                draw.choice([1, 2, 3, 8, 9, 15, 16, 17, 31, 40, 64, 65, 100, 128, 130]),
+                draw.choice([8, 31, 32, 64, 96, 160, 256, 288, 512, 1056]),
+                draw.choice([1, 2, 7, 9, 15, 16, 17, 63, 65, 100, 129, 200]),
+                draw.choice([0, 1, 3, 8, 20, 64]), draw.choice([BF16, FP16]), format=name,
+                dropout_p=draw.choice([0.0, 0.3]), **block,
+            ),
+            "cuda", draw.choice(["", "x", "xab"]),
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("what", ["scaling", "adapter", "offset"])
