@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 
 import pytest
 import torch
@@ -47,14 +48,12 @@ def test_the_order_of_sums_is_no_function_of_the_batch():
 
 
 def test_rows_of_a_program():
-    for itemsize in (2, 4):
-        for backward in (False, True):
-            for fast in (False, True):
-                for m in (1, 16, 17, 64, 128):
-                    c = configs.launch(m, itemsize, backward, fast)
-                    assert c.rows >= 16 and c.rows & (c.rows - 1) == 0
-                    assert configs.AHEAD % c.ahead == 0
-                assert configs.launch(16, itemsize, backward, fast).rows == 16
+    for itemsize, *flags in itertools.product((2, 4), *[(False, True)] * 3):
+        for m in (1, 16, 17, 64, 128):
+            c = configs.launch(m, itemsize, *flags)
+            assert c.rows >= 16 and c.rows & (c.rows - 1) == 0
+            assert configs.AHEAD % c.ahead == 0
+        assert configs.launch(16, itemsize, *flags).rows == 16
 
 
 @pytest.mark.parametrize(

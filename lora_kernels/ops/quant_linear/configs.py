@@ -89,17 +89,21 @@ def walk(spec: QuantSpec, itemsize: int, backward: bool, where: Target) -> Walk:
     return Walk(held, step, splits)
 
 
-def launch(rows: int, itemsize: int, backward: bool, fast: bool) -> Launch:
+def launch(rows: int, itemsize: int, backward: bool, fast: bool, vectors: bool) -> Launch:
     """Rows of the batch: the least power of two that holds them, at most 64. Steps in flight: what
-    registers hold beside the sums and, where not `fast`, a scale per element."""
+    registers hold beside the sums and, where not `fast`, a scale per element. `vectors`: every row
+    of the batch is whole 16 bytes at an aligned address."""
     if "launch" in _forced:
         return _forced["launch"]
-    tile, most = 16, 32 if itemsize == 4 or backward or not fast else 64
+    most = 64 if fast and vectors else 32
+    if itemsize == 4 or backward:  # backward, the tile is turned on its way to the matrix unit
+        most = 32 if fast and vectors else 16
+    tile = 16
     while tile < min(rows, most):
         tile *= 2
-    if not fast or itemsize == 4:
+    if not fast or not vectors or itemsize == 4:
         return Launch(tile, 4, 1)
-    if backward:  # the tile is turned on its way to the matrix unit
+    if backward:
         return Launch(tile, 4, 2 if tile == 16 else 1)
     return Launch(tile, 4, AHEAD if tile <= 32 else 2)
 

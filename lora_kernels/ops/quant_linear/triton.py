@@ -213,6 +213,12 @@ class _Adapter(NamedTuple):
     scale: float
 
 
+def _in_vectors(z: Tensor) -> bool:
+    """Rows of whole 16 bytes at an aligned address."""
+    row = z.stride(0) * z.element_size()
+    return z.stride(1) == 1 and row % 16 == 0 and z.data_ptr() % 16 == 0
+
+
 def _packed_product(
     z: Tensor,
     parts: tuple[Tensor, ...],
@@ -229,7 +235,7 @@ def _packed_product(
     p, q = (spec.columns, spec.rows) if backward else (spec.rows, spec.columns)
     w = configs.walk(spec, z.element_size(), backward, where)
     constants = _format(spec, w.held if backward else w.step)
-    c = configs.launch(m, z.element_size(), backward, constants["FAST"])
+    c = configs.launch(m, z.element_size(), backward, constants["FAST"], _in_vectors(z))
     rank = 0 if adapter is None else adapter.left.shape[0]
     limit = threshold(dropout_p) if seed is not None and rank else 0
     steps = -(-q // w.step)
