@@ -1,7 +1,7 @@
 """attention on Triton kernels: which launches, with which tiles, into which buffers.
 
 Inputs may have any strides. Nothing is copied but gradients of the log-sum-exp that are not
-contiguous, and nothing here waits for the device.
+contiguous and operands whose rows lie 2^22 elements apart, and nothing here waits for the device.
 
     forward   one launch
     backward  row_terms; one pass for dq, one for dk and dv, one for an additive mask's gradient
@@ -23,6 +23,7 @@ from lora_kernels.ops._philox import keep_scale, threshold
 from lora_kernels.ops.attention import capabilities, triton_configs
 from lora_kernels.ops.attention.problem import AttentionProblem
 
+_FAR = 1 << 22  # elements between rows: a tile has at most 128 of them, and 256 columns
 _ROW_TERMS = 64  # rows of a program that only reads two rows and writes one number
 
 
@@ -54,6 +55,8 @@ def supports(problem: AttentionProblem) -> tuple[bool, str]:
         )
     if max(problem.B * problem.H, problem.S, problem.Sk) >= 2**31:
         return False, "an extent of 2**31 or more is not supported"
+    if problem.H * max(problem.D, problem.Dv) >= _FAR:
+        return False, f"rows of {_FAR} elements or more are not supported"
     where = "the interpreter" if problem.device == "cpu" else "Triton"
     return True, f"{where} {module.__version__} kernels"
 
@@ -109,6 +112,12 @@ def target_of(t: Tensor) -> triton_configs.Target:
     return _target(t.device.type, t.device.index or 0)
 
 
+def reachable(t: Tensor) -> Tensor:
+    """t, or a copy where offsets inside of a tile would not fit 32 bits."""
+    far = any(abs(t.stride(axis)) >= _FAR for axis in (-3, -1))
+    return t.contiguous() if far else t
+
+
 def unit(*tensors: Tensor) -> int:
     """A power of two that divides every stride but those of columns."""
     return 8 if all(s % 8 == 0 for t in tensors for s in t.stride()[:-1]) else 1
@@ -128,7 +137,7 @@ class _Call:
         cu_k: Tensor | None, slopes: Tensor | None, seed: Tensor | None, scale: float,
         window: tuple[int, int], softcap: float, dropout_p: float,
     ) -> None:  # fmt: skip
-        self.q, self.k, self.v = q, k, v
+        self.q, self.k, self.v = q, k, v = reachable(q), reachable(k), reachable(v)
         self.varlen = cu_q is not None
         self.S, self.H, self.D = q.shape[-3:]
         self.Sk, self.HK, self.DV = k.shape[-3], k.shape[-2], v.shape[-1]
@@ -206,6 +215,7 @@ def attention_fwd(
             q, k, v, attn_mask, cu_seqlens, cu_seqlens_k, alibi_slopes, seed, scale, window,
             softcap, dropout_p,
         )  # fmt: skip
+        q, k, v = c.q, c.k, c.v
         out = q.new_empty((*q.shape[:-1], c.DV))
         lse = q.new_empty((*q.shape[:-3], c.H, c.S), dtype=torch.float32)
         if out.numel() == 0:
@@ -236,7 +246,7 @@ def attention_bwd(
             q, k, v, attn_mask, cu_seqlens, cu_seqlens_k, alibi_slopes, seed, scale, window,
             softcap, dropout_p,
         )  # fmt: skip
-        lse = lse.contiguous()
+        lse, out, dout = lse.contiguous(), reachable(out), reachable(dout)
         delta, dsinks = _row_terms(c, dout, dlse, out, lse, sinks if needs[3] else None)
         dq = _grad_q(c, dout, lse, delta) if needs[0] else None
         dk, dv = _grad_kv(c, dout, lse, delta) if needs[1] or needs[2] else (None, None)

@@ -53,6 +53,7 @@ def attention_decode(
     if partial:
         parts = q.new_empty((splits, *out.shape), dtype=torch.float32)
         part_lse = q.new_empty((splits, *lse.shape), dtype=torch.float32)
+    q, k_cache, v_cache = (host.reachable(t) for t in (q, k_cache, v_cache))
     unit = host.unit(q, k_cache, v_cache)
     (d1, d2), (v1, v2) = (triton_configs.parts(n) for n in (size, value_size))
     left, right = window
