@@ -207,10 +207,11 @@ def test_layouts(layout):
     check(11, 64, 40, 5, BF16, layout=layout, needs="xab")
 
 
-@pytest.mark.parametrize("K", [33, 45], ids=str)
+@pytest.mark.parametrize("K", [1, 2, 5, 7, 33, 45], ids=str)
 def test_columns_that_are_dequantized_first(K):
     assert "no multiple of 32" in cuda.skinny_reason(weight(4, K, "nf4", 32).spec, 1)
     check(5, K, 24, 3, BF16)
+    check(5, K, 24, 20, FP16)
     check(5, K, 24, 0, BF16, needs="x")
 
 
