@@ -31,6 +31,8 @@ CASES: dict[str, dict[str, Any]] = {
     "dropout": {"dropout_p": 0.3, "seed": 5},
     "lse_gradient": {"return_lse": True},
     "empty": {"Sk": 0},
+    "head_dim": {"D": 24},
+    "float32": {"dtype": torch.float32},
     "float64": {"dtype": torch.float64},
     "float16": {"dtype": torch.float16},
     "bfloat16": {"dtype": torch.bfloat16},
