@@ -4,6 +4,7 @@
 #include "attention/attention_host.h"
 #include "cpu/amx_peak.h"
 #include "cpu/isa.h"
+#include "gated_activation/gated_activation_host.h"
 #include "linear_cross_entropy/linear_cross_entropy_host.h"
 #include "lora_linear/lora_linear_host.h"
 #include "quant_linear/quant_linear_host.h"
@@ -23,6 +24,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_engine", &attention::engine_name, py::arg("dtype"));
   m.def("attention_fwd", &attention::attention_fwd, release());
   m.def("attention_bwd", &attention::attention_bwd, release());
+  m.def("gated_activation_fwd", &gated_activation::gated_activation_fwd, release());
+  m.def("gated_activation_bwd", &gated_activation::gated_activation_bwd, release());
   m.def("linear_cross_entropy_engine", &linear_cross_entropy::engine_name, py::arg("dtype"));
   m.def("linear_cross_entropy_rows", &linear_cross_entropy::losses_of_rows, release());
   m.def("lora_linear_engine", &lora_linear::engine_name, py::arg("dtype"));

@@ -20,8 +20,8 @@ def gated_activation(
         up: the same shape and dtype, or None.
         kind: ``silu`` (SwiGLU), ``gelu`` and ``gelu_tanh`` (GEGLU, exact and approximate),
             ``relu``, ``relu_squared``.
-        backend: None or ``auto``, ``reference``, ``aten``. A backend asked for by name never
-            falls back.
+        backend: None or ``auto``, ``reference``, ``aten``, ``cpu``. A backend asked for by name
+            never falls back.
 
     Computed in the dtype of gate, also under ``torch.autocast``; where a backend rounds is in the
     op's README. Differentiable once; the backward computes the activation again.

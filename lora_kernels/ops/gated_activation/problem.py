@@ -13,7 +13,7 @@ from lora_kernels.ops import _dispatch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu_squared")
-BACKENDS = ("reference", "aten")
+BACKENDS = ("reference", "aten", "cpu")
 OP = "gated_activation"
 
 
@@ -61,13 +61,17 @@ def supports(backend: str, problem: GatedActivationProblem) -> tuple[bool, str]:
         return True, "plain PyTorch, every step spelled out"
     if backend == "aten":
         return True, "element-wise library calls, a cache-sized piece at a time on the CPU"
+    if backend == "cpu":
+        from lora_kernels.ops.gated_activation import cpu
+
+        return cpu.supports(problem)
     return False, f"{OP} has no {backend} kernels"
 
 
 def choose(problem: GatedActivationProblem, requested: str | None = None) -> tuple[str, str]:
     """(backend, reason) that would run `problem`."""
     name = _dispatch.requested_backend(requested)
-    return _dispatch.resolve(OP, name, ("aten",), lambda b: supports(b, problem))
+    return _dispatch.resolve(OP, name, ("cpu", "aten"), lambda b: supports(b, problem))
 
 
 def launcher(problem: GatedActivationProblem, requested: str) -> ModuleType:

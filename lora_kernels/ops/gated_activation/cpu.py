@@ -1,0 +1,45 @@
+"""gated_activation on the compiled CPU library (csrc/gated_activation): one pass in each direction,
+nothing rounded between."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_kernels._backends import cpu as backend
+from lora_kernels.ops.gated_activation.problem import GatedActivationProblem
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def supports(problem: GatedActivationProblem) -> tuple[bool, str]:
+    if problem.device != "cpu":
+        return False, f"gate is on {problem.device}, the library works on cpu tensors"
+    module, reason = backend.load()
+    if module is None:
+        return False, reason
+    if not hasattr(module, "gated_activation_bwd"):
+        return False, "lora_kernels._C predates gated_activation; rebuild it"
+    if problem.dtype not in _DTYPES:
+        return False, f"dtype {problem.dtype} is not supported; float32, bfloat16 and float16 are"
+    if problem.kind == "gelu":
+        return False, "kind 'gelu' needs erf, which PyTorch's kernel has in vectors"
+    return True, "one pass over the rows"
+
+
+def gated_activation_fwd(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
+    """H [M, N] of gate and up [M, N]."""
+    module, _ = backend.load()
+    assert module is not None
+    h: Tensor = module.gated_activation_fwd(gate, up, kind)
+    return h
+
+
+def gated_activation_bwd(
+    dh: Tensor, gate: Tensor, up: Tensor | None, kind: str
+) -> tuple[Tensor, Tensor | None]:
+    """dgate and dup [M, N]; dup None without up."""
+    module, _ = backend.load()
+    assert module is not None
+    dgate, dup = module.gated_activation_bwd(dh, gate, up, kind)
+    return dgate, None if up is None else dup
