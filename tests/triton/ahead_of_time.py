@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -28,6 +29,9 @@ TARGETS = {
     "sm_100": (GPUTarget("cuda", 100, 32), 148),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 304),
 }
+
+
+_SPILLS: dict[str, int] = {}  # the same machine code is read once
 
 
 class TargetDriver:
@@ -97,6 +101,11 @@ class Compiled:
 
     def spills(self) -> int:
         """Bytes of stack and instructions that move registers to and from it."""
+        if self.compiled.hash not in _SPILLS:
+            _SPILLS[self.compiled.hash] = self._spills()
+        return _SPILLS[self.compiled.hash]
+
+    def _spills(self) -> int:
         if self.is_cuda:
             code = self.opcodes
             return self.registers_and_stack[1] + code["LDL"] + code["STL"]
@@ -109,6 +118,47 @@ class Compiled:
     def __str__(self) -> str:
         shown = {k: v for k, v in self.constants.items() if k != "PRECISION"}
         return f"{self.kernel} {shown}"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launch was called with; :meth:`compile` makes the kernel for it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.fn.__name__)
+
+    def compile(self) -> Compiled:
+        made = self.kernel.warmup(*self.args, grid=self.grid, **self.options)
+        return Compiled(self.name, made, self.options)
+
+
+def _light(arg: Any) -> Any:
+    """The argument as far as compilation looks at it: of a tensor, dtype and alignment."""
+    if isinstance(arg, tuple):
+        return tuple(_light(a) for a in arg)
+    if isinstance(arg, torch.Tensor) and arg.data_ptr() % 16 == 0:
+        return torch.empty(1, dtype=arg.dtype)
+    return arg
+
+
+class Collector:
+    """Stands in for a kernel: `kernel[grid](*args)` is noted, and compiled later if at all."""
+
+    def __init__(self, kernel: Any, found: list[Launch]) -> None:
+        self.kernel, self.found = kernel, found
+        kernel.device_caches.clear()  # it holds the target of the driver before
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*args: Any, **options: Any) -> None:
+            self.found.append(Launch(self.kernel, grid, _light(args), options))
+
+        return launch
 
 
 class Recorder:

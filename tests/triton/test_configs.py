@@ -148,3 +148,12 @@ def test_a_narrow_step_is_fine_without_dropout(monkeypatch):
     narrow = {**GOOD, "step": 16}
     monkeypatch.setattr(configs.tuned_tiles, "lookup", lambda *a, **k: narrow)
     assert configs.shrink(8192, 4096, 16, 2, configs.target("sm_90", 132), False).step == 16
+
+
+def test_what_no_tile_can_hold_is_refused():
+    amd, hopper = configs.target("gfx942", 304), configs.target("sm_90", 132)
+    assert "masks of 3 members of rank 128" in configs.refused(amd, 128, 2, 3, True)
+    for where, rank, members, dropout in (
+        (hopper, 128, 3, True), (amd, 128, 1, True), (amd, 128, 3, False), (amd, 64, 3, True),
+    ):  # fmt: skip
+        assert not configs.refused(where, rank, 2, members, dropout)

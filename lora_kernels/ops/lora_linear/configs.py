@@ -189,16 +189,23 @@ def invalid(
     per_thread = c.block_m * c.block_n // ((64 if where.amd else 32) * c.num_warps)
     if per_thread > REGISTERS:
         return f"a tile of {c.block_m}x{c.block_n} does not fit {c.num_warps} warps"
-    if dropout and (c.lora_last or (c.block_n % 128 and c.block_n != 32)):
-        return "a mask needs the update first and tiles of 32 or whole blocks of 128 columns"
+    if dropout and (c.lora_last or (c.block_n % 128 and c.block_n not in (32, 64))):
+        return "a mask needs the update first and tiles of 32, 64 or whole blocks of 128 columns"
     if dropout and c.persistent:
         return "a mask beside the state of a persistent loop spills registers"
     if rank_blocks(rank, itemsize) > 2 and per_thread > REGISTERS // 2:
         return f"the loop over rank {rank} beside a tile of this size spills registers"
     if members > 1 and (c.flatten or per_thread * (4 if dropout else 1) > REGISTERS):
         return f"{members} members in a row spill registers in a tile of this size"
-    if members > 1 and not c.descriptor and per_thread > REGISTERS // 2:
+    looped = rank_blocks(rank, itemsize) > 2
+    if (
+        members > 1
+        and not c.descriptor
+        and per_thread > REGISTERS // (4 if looped or members > 3 else 2)
+    ):
         return f"pointers of {members} members beside a tile of this size spill registers"
+    if itemsize == 4 and c.lora_last and rank_blocks(rank, itemsize) > 2:
+        return f"the loop over rank {rank} beside operands in registers spills registers"
     deep = dropout and members > 1 and rank_blocks(rank, itemsize) > 2
     if deep and not c.descriptor and per_thread > REGISTERS // 8:
         return f"masks of {members} members beside rank {rank} spill registers"
@@ -209,6 +216,15 @@ def invalid(
     needed = gemm_shared_bytes(c, itemsize, rank)
     if needed > where.shared_bytes:
         return f"{needed} bytes of shared memory, {where.name} has {where.shared_bytes}"
+    return ""
+
+
+def refused(where: Target, rank: int, itemsize: int, members: int, dropout: bool) -> str:
+    """Why there is no tile for a problem at all, or ""."""
+    if where.amd and dropout and members > 1 and rank_blocks(rank, itemsize) > 2:
+        return (
+            f"{where.name} has too few registers for the masks of {members} members of rank {rank}"
+        )
     return ""
 
 
@@ -274,7 +290,7 @@ def shrink_width(itemsize: int, dropout: bool, vectors: bool = True) -> int:
     """Padded ranks of one shrink: what its registers hold, with a masked copy of X per member."""
     if dropout:
         return 64 if itemsize == 2 and vectors else 16
-    return MAX_RANK if itemsize == 2 else 128
+    return MAX_RANK if itemsize == 2 else 64
 
 
 def _stages(bytes_per_stage: int, where: Target, most: int) -> int:
@@ -348,14 +364,17 @@ def shrink(
     if tuned is not None:
         return tuned
     if itemsize == 4:  # multiply-add units: short steps, or the operands spill
-        held, step, warps = 16 if total > 128 else 32, 32, 4 if total <= 64 else 8
+        held, step, warps = 16 if total > 64 else 32, 32, 4 if total <= 64 else 8
     else:
         held = 16 if M <= 16 else 64 if 16 < total <= 128 else 32
+        if where.amd and total > 128:
+            held = 16
         # 32 columns draw every word of the generator four times: for ranks that drown its cost.
-        whole = 128 if total <= 128 else 32
-        step = whole if dropout else _step((128, 64, 32), (held + total) * itemsize, where, 4)
+        whole = 128 if total <= (32 if where.amd else 128) else 32
+        longest = (64, 32) if total > 64 else (128, 64, 32)
+        step = whole if dropout else _step(longest, (held + total) * itemsize, where, 4)
         # Draws of several members and unaligned rows take registers: spread over more threads.
-        warps = 8 if total > (64 if vectors and not dropout else 16) else 4
+        warps = 8 if total >= 64 or (total > 16 and (dropout or not vectors)) else 4
     # Partial sums may cost a quarter of the pass over X.
     splits = _splits(-(-M // held), -(-K // step), max(1, K // (16 * total)), where)
     return Rows(held, step, splits, warps, _stages(step * (held + total) * itemsize, where, 4))
@@ -374,7 +393,7 @@ def dy_pass(M: int, N: int, rank: int, itemsize: int, where: Target) -> Rows:
     row = (held + padded) * itemsize
     step = _step((64, 32), row, where, 3)
     if padded > 64 and rank % 8:  # rows of S and B come in single elements
-        step = 16
+        held, step = 32, 16
     if itemsize == 4:
         step = 32 if padded <= 64 else 16
     splits = _splits(-(-N // held), -(-M // step), max(1, M // (16 * rank)), where)
@@ -395,13 +414,13 @@ def da_pass(M: int, K: int, total: int, itemsize: int, where: Target) -> Rows:
     if tuned is not None:
         return tuned
     # With dropout a tile is 32 columns or whole blocks of 128, see the generator.
-    held = 32 if itemsize == 4 or total > 128 else 128
+    held = 32 if itemsize == 4 or total > (32 if where.amd else 128) else 128
     row = (held + total) * itemsize
     step = _step((64, 32), row, where, 3) if total <= 64 else 32
     if itemsize == 4:
         step = 32 if total <= 64 else 16
     splits = _splits(-(-K // held), -(-M // step), max(1, M // (16 * total)), where)
-    return Rows(held, step, splits, 8 if total > 32 else 4, _stages(step * row, where, 3))
+    return Rows(held, step, splits, 8 if total >= 32 else 4, _stages(step * row, where, 3))
 
 
 _forced: dict[str, Any] = {}

@@ -29,9 +29,10 @@ from lora_kernels.ops.lora_linear import configs
 from lora_kernels.ops.lora_linear.problem import LoraLinearProblem
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MAX_GROUP = 8
+_MAX_GROUP = 4  # more sets of pointers do not fit the registers beside a tile
 _MAX_MAPPED = 3  # members whose tensor maps one launch takes
 _SUM_BLOCK = 1024
+_MOST_SUMS = 4  # more sets of pointers spill on sm_100
 
 
 def supports(problem: LoraLinearProblem) -> tuple[bool, str]:
@@ -59,10 +60,17 @@ def supports(problem: LoraLinearProblem) -> tuple[bool, str]:
         return False, f"rank {max(problem.rank)} is too large; at most {configs.MAX_RANK}"
     if len(problem.N) > _MAX_GROUP:
         return False, f"a group of {len(problem.N)} is too large; at most {_MAX_GROUP}"
+    if problem.device == "cuda":
+        where = _target("cuda", problem.device_index)
+        reason = configs.refused(
+            where, max(problem.rank), problem.dtype.itemsize, len(problem.N), problem.dropout_p > 0
+        )
+        if reason:
+            return False, reason
     if max(problem.M, problem.K, *problem.N) >= 2**31:
         return False, "an extent of 2**31 or more is not supported"
-    where = "the interpreter" if problem.device == "cpu" else "Triton"
-    return True, f"{where} {module.__version__} kernels"
+    runner = "the interpreter" if problem.device == "cpu" else "Triton"
+    return True, f"{runner} {module.__version__} kernels"
 
 
 @functools.cache
@@ -403,8 +411,11 @@ def _da_pass(x: Tensor, lora_as: list[Tensor], dss: list[Tensor], drop: _Dropout
 
 
 def _sum_partials(sums: list[tuple[Tensor, Tensor, float]]) -> None:
-    """out = scale * sum over the first axis of part, for each (part, out, scale), in one launch."""
+    """out = scale * sum over the first axis of part, for each (part, out, scale), four a launch."""
     sums = [entry for entry in sums if entry[1].numel()]
+    if len(sums) > _MOST_SUMS:
+        _sum_partials(sums[_MOST_SUMS:])
+        sums = sums[:_MOST_SUMS]
     if not sums:
         return
     parts, outs, scales = zip(*sums, strict=True)
