@@ -33,10 +33,6 @@ def test_the_same_greedy_tokens() -> None:
     torch.manual_seed(0)
     lora = LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False)
     model = get_peft_model(model, lora).eval()
-    with torch.no_grad():  # an update that is felt, but leaves a model that writes
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.mul_(0.2)
     batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
     stock = model.generate(**batch, **options)
@@ -44,7 +40,7 @@ def test_the_same_greedy_tokens() -> None:
         adapted = model(**batch).logits[:, -1].softmax(-1)
         with model.disable_adapter():
             plain = model(**batch).logits[:, -1].softmax(-1)
-    assert (adapted - plain).abs().sum(-1).min() > 0.1
+    assert (adapted - plain).abs().sum(-1).min() > 0.05
     report = lk.apply(model)
     lk.register_attention()
     model.get_base_model().set_attn_implementation("lora_kernels")
