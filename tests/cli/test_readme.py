@@ -66,6 +66,8 @@ def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "weight": torch.randn(6, 8), "lora_a": torch.randn(2, 8), "lora_b": torch.randn(6, 2),
         "bias": torch.randn(6), "scaling": 0.5, "hidden": torch.randn(2, 5, 8),
         "head": torch.randn(20, 8), "labels": torch.randint(0, 20, (2, 5)),
+        "query": torch.randn(2, 7, 4, 16), "key": torch.randn(2, 7, 2, 16),
+        "value": torch.randn(2, 7, 2, 16), "sinks": torch.randn(4),
         "trainer": SimpleNamespace(train=lambda: None),
     }  # fmt: skip
     for name in ("weight", "lora_a", "lora_b", "scaling"):
@@ -78,6 +80,7 @@ def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             made["model"] = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
         exec(block, made)
     assert made["y"].shape == made["q"].shape == (5, 6)
+    assert made["out"].shape == (2, 7, 4, 16)
     assert len(made["report"].to_dict()["layers"]) == 7
     assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors",
