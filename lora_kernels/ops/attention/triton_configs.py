@@ -155,6 +155,8 @@ def choose(kernel: str, D: int, Dv: int, itemsize: int, where: Target, burden: i
     else:
         table = _AMD if where.amd else _HOPPER if where.name in _SHARED_UNITS else _AMPERE
         tile = table[kernel, burden][place]
+        if where.amd and two_parts and width > 128:
+            tile = replace(tile, rows=16 if kernel == "grad_kv" else 32, keys=32, num_warps=8)
     while shared_bytes(kernel, tile, D, Dv, itemsize, burden) > where.shared_bytes:
         smaller = _smaller(tile)
         if smaller == tile:
@@ -167,12 +169,13 @@ def decode(rows: int, D: int, Dv: int, itemsize: int, where: Target) -> Tile:
     """Tile of the kernel over a cache: `rows` queries of the heads of a group."""
     if "decode" in _forced:
         return _forced["decode"]
-    held = 16 if rows <= 16 else 32 if rows <= 32 or itemsize == 4 else 64
+    held = 16 if rows <= 16 else 32 if rows <= 32 or itemsize == 4 or where.amd else 64
     width = max(padded(D), padded(Dv))
     if itemsize == 4:
         return Tile(16, 32, 4 if width <= 64 else 8, 1)
     keys = 128 if width <= 64 and held == 16 else 64 if width <= 128 else 32
-    tile = Tile(held, keys, 4 if held < 64 and width <= 128 else 8, 1 if where.amd else 3)
+    stages = 1 if where.amd else 3 if width <= 128 else 2
+    tile = Tile(held, keys, 4 if held == 16 and width <= 128 else 8, stages)
     while shared_bytes("decode", tile, D, Dv, itemsize, 0) > where.shared_bytes:
         tile = _smaller(tile)
     return tile
