@@ -24,7 +24,7 @@ from lora_kernels.ops.attention import capabilities, triton_configs
 from lora_kernels.ops.attention.problem import AttentionProblem
 
 _FAR = 1 << 22  # elements between rows: a tile has at most 128 of them, and 256 columns
-_ROW_TERMS = 64  # rows of a program that only reads two rows and writes one number
+_ROW_TERMS = 32  # rows of a program that only reads two rows and writes one number
 
 
 def supports(problem: AttentionProblem) -> tuple[bool, str]:
