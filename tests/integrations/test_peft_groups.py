@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
-import re
 import threading
 
 import pytest
@@ -16,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lk
-from lora_kernels.errors import InvalidArgumentError
 from lora_kernels.modules import blocks, layer_group
 from lora_kernels.modules.layer_group import group_of
 from lora_kernels.testing import BudgetExceededError, assert_within_budget
@@ -431,17 +428,6 @@ def test_unknown_blocks_are_named():
     assert group["status"] == "fused"
 
 
-def test_registering_checks_its_arguments():
-    for wrong in ((), (("one",),), (("a", "a"),), (["a", "b"],), ((1, 2),)):
-        with pytest.raises(InvalidArgumentError):
-            blocks.register_block(nn.Bilinear, *wrong)
-    with pytest.raises(InvalidArgumentError, match=r"torch\.nn\.Module"):
-        blocks.register_block(int, ("a", "b"))
-    with pytest.raises(InvalidArgumentError, match="replace=True"):
-        blocks.register_block(Block, ("a", "b"))
-    blocks.register_block(Block, ("a", "b"), replace=True)
-
-
 def test_layers_of_this_package(group_sizes):
     torch.manual_seed(0)
     model = nn.Sequential(Block())
@@ -480,25 +466,3 @@ def test_families(family, group_sizes):
     attached = {id(g): g for m in model.modules() if (g := group_of(m))}
     assert len(attached) == len(together)
     assert not any(g.dissolved or g._pending for g in attached.values())
-
-
-def test_every_row_is_what_transformers_does():
-    """The class exists, and its forward gives the layers of a group one and the same variable."""
-    pytest.importorskip("transformers")
-    for (module, name), row in blocks.rows().items():
-        if name == "Block":
-            continue
-        cls = getattr(__import__(module, fromlist=[name]), name)
-        source = inspect.getsource(cls.forward)
-        for groups in (row.groups, *(g for _, g in row.elsewhere)):
-            for group in (g for g in groups if len(g) > 1):
-                arguments = set()
-                for member in group:
-                    found = re.findall(rf"self\.{member}\((\w+)\)", source)
-                    assert found, (name, member)
-                    arguments |= set(found)
-                # The decoder's attention names the tensor anew where it may be another one.
-                assert len(arguments - {"current_states"}) <= 1, (name, group, arguments)
-        if row.mlp is not None:
-            for member in filter(None, (row.mlp.gate, row.mlp.up, row.mlp.down, row.mlp.act)):
-                assert f"self.{member}(" in source, (name, member)
