@@ -25,7 +25,7 @@ help:
 	@echo "make format      let ruff rewrite the files"
 	@echo "make bench       benchmarks of lora_linear and of quantized layers on the CPU"
 	@echo "make gpu-check   GPU kernels: tests, sanitizer, benchmark (PYTHON=, PART=tests|sanitize|bench)"
-	@echo "make tune        tiles and choice of backend for the GPU at hand (PYTHON=)"
+	@echo "make tune        tiles and choice of backend for the GPU at hand (PYTHON=, OP=lora_linear)"
 	@echo "make peft-suite  PEFT's own tests, stock and fused"
 	@echo "make clean       remove .venv and everything built"
 
@@ -98,7 +98,7 @@ gpu-check:
 	  $(if $(RESULTS),--results $(RESULTS)) $(if $(COMMIT),--commit $(COMMIT))
 
 tune:
-	@$(GPU_PYTHON) -m benchmarks.tune --op lora_linear
+	@$(GPU_PYTHON) -m benchmarks.tune --op $(or $(OP),lora_linear)
 
 peft-suite: setup
 	PATH="$(abspath $(BIN)):$$PATH" tools/run_peft_suite.sh

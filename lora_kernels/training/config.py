@@ -69,7 +69,7 @@ class Config:
             "where the hardware multiplies it"
         ),
     )
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = field(
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "lora_kernels"] = field(
         default="auto", metadata=about("transformers' attention implementation")
     )
     kernels: bool = field(default=True, metadata=about("fuse the adapters with lora_kernels.apply"))

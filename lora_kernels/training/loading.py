@@ -8,6 +8,7 @@ from typing import Any
 import transformers
 
 from lora_kernels.errors import ConfigError, LoraKernelsError
+from lora_kernels.integrations.transformers.attention import register_attention
 from lora_kernels.training.config import Config
 from lora_kernels.training.quantized_base import check_training, reading_options
 from lora_kernels.training.tasks import Task
@@ -88,6 +89,8 @@ def load_options(config: Config, path: str) -> dict[str, Any]:
     """
     check_training(config, _stored_config(path))
     options: dict[str, Any] = {}
+    if config.attention == "lora_kernels":
+        register_attention()
     if config.attention != "auto":
         options["attn_implementation"] = config.attention
     rate = config.train.base_dropout

@@ -144,6 +144,16 @@ def test_base_dropout_and_attention_reach_the_model(
     assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.25}
 
 
+def test_attention_of_this_package(tiny_model: Path, texts_csv: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_model, texts_csv, tmp_path / "eager")
+    eager = finetune(config, ["attention=eager"], quiet=True).report
+    config = {**config, "output": str(tmp_path / "ours")}
+    ours = finetune(config, ["attention=lora_kernels"], quiet=True).report
+    assert ours["losses"] != eager["losses"]
+    for (_, a), (_, b) in zip(eager["losses"], ours["losses"], strict=True):
+        assert abs(a - b) < abs(eager["losses"][0][1] - eager["losses"][-1][1])
+
+
 def test_separate_files_and_guessed_columns(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
