@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
+from benchmarks.attention_cpu import sdpa
 from lora_kernels.errors import BackendUnavailableError
 from lora_kernels.ops import _registry, attention
 from lora_kernels.testing import attention_inputs, check_attention
@@ -27,24 +27,6 @@ FEATURES: dict[str, dict[str, Any]] = {
     "sinks": {"causal": True, "sinks": True},
     "softcap": {"causal": True, "softcap": 30.0},
 }
-
-
-def sdpa(i: Any) -> torch.Tensor:
-    """As transformers calls it: whatever is not plain causal becomes a mask of [S, S]."""
-    if i.cu_seqlens is None:
-        q, k, v = (t.transpose(1, 2) for t in (i.q, i.k, i.v))
-    else:
-        q, k, v = (t.unsqueeze(0).transpose(1, 2) for t in (i.q, i.k, i.v))
-    mask = None
-    if "window" in i.options or i.cu_seqlens is not None:
-        distance = torch.arange(S)[:, None] - torch.arange(S)
-        mask = (distance >= 0) & (distance <= i.options.get("window", (S, 0))[0])
-        if i.cu_seqlens is not None:
-            owner = torch.bucketize(torch.arange(S), i.cu_seqlens[1:], right=True)
-            mask &= owner[:, None] == owner
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-    )
 
 
 @pytest.mark.parametrize("provider", ["torch", *_registry.find("attention").backends])
