@@ -2,7 +2,7 @@
 
 What is asserted of the machine code: no spills, shared memory within the device's limit, and the
 units that the design counts on (wgmma on sm_90, mma and asynchronous copies on sm_80). Not
-collected by itself: test_triton.py runs this file in a process of its own.
+collected by itself: suite_runner.py runs this file in a process of its own.
 """
 
 from __future__ import annotations

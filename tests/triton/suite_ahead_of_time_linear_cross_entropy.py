@@ -1,7 +1,7 @@
 """The Triton kernel of linear_cross_entropy compiled for GPUs that are not here.
 
 What is asserted of the machine code: no spills, and no more shared memory than two programs of a
-device have. Not collected by itself: test_triton.py runs this file in a process of its own.
+device have. Not collected by itself: suite_runner.py runs this file in a process of its own.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 What is asserted of the machine code: no spills, shared memory within the device's limit, and the
 units that the design counts on (wgmma and tensor maps on sm_90, mma on sm_80). Not collected by
-itself: test_triton.py runs this file in a process of its own.
+itself: suite_runner.py runs this file in a process of its own.
 """
 
 from __future__ import annotations

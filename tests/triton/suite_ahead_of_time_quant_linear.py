@@ -1,7 +1,7 @@
 """quant_linear's Triton kernels compiled for GPUs that are not here.
 
 What is asserted of the machine code: no spills, shared memory within the device's limit, matrix
-units, stores of 16 bytes, one launch per dequantization. Not collected by itself: test_triton.py
+units, stores of 16 bytes, one launch per dequantization. Not collected by itself: suite_runner.py
 runs this file in a process of its own.
 """
 

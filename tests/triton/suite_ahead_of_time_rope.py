@@ -1,7 +1,7 @@
 """The Triton kernel of rope compiled for GPUs that are not here.
 
 What is asserted of the machine code: no spills, and no more shared memory than a device has. Not
-collected by itself: test_triton.py runs this file in a process of its own.
+collected by itself: suite_runner.py runs this file in a process of its own.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """attention_decode's Triton kernels in the interpreter, against the fp64 oracle.
 
-Not collected by itself: the interpreter holds for a whole process, so test_triton.py runs this
+Not collected by itself: the interpreter holds for a whole process, so suite_runner.py runs this
 file in a process of its own with TRITON_INTERPRET=1.
 """
 

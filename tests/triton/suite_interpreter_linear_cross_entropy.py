@@ -1,6 +1,6 @@
 """The Triton kernel of linear_cross_entropy in Triton's interpreter, against the fp64 formula.
 
-Not collected by itself: test_triton.py runs this file in a process of its own.
+Not collected by itself: suite_runner.py runs this file in a process of its own.
 """
 
 from __future__ import annotations

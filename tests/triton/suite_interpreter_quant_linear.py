@@ -1,7 +1,7 @@
 """quant_linear's Triton kernels in the interpreter: bytes of the formats, and the linear layer
 against the fp64 oracle on the dequantized weight.
 
-Not collected by itself: the interpreter holds for a whole process, so test_triton.py runs this
+Not collected by itself: the interpreter holds for a whole process, so suite_runner.py runs this
 file in a process of its own with TRITON_INTERPRET=1.
 """
 

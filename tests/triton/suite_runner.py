@@ -1,7 +1,8 @@
 """Runs the Triton suites in processes of their own: a process interprets or compiles, not both.
 
 Every suite_interpreter_<op>.py and suite_ahead_of_time_<op>.py beside this file is run, its slow
-tests apart; a suite without slow tests says so.
+tests apart; a suite without slow tests says so. Each kind has a test file: two workers
+share them.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 NOTHING_COLLECTED = 5
 SUITES = sorted(path.stem for path in HERE.glob("suite_*_*.py"))
+INTERPRETED = [suite for suite in SUITES if suite.startswith("suite_interpreter_")]
+COMPILED = [suite for suite in SUITES if suite.startswith("suite_ahead_of_time_")]
 module, reason = backend.load()
-pytestmark = pytest.mark.skipif(module is None, reason=reason)
+needs_triton = pytest.mark.skipif(module is None, reason=reason)
 
 
 def run(suite: str, folder: Path, select: str) -> str:
@@ -47,19 +50,3 @@ def run(suite: str, folder: Path, select: str) -> str:
     assert done.returncode == 0, "\n".join(lines[-80:]) + done.stderr[-2000:]
     assert re.search(r"\d+ passed", lines[-1]), lines[-1]
     return lines[-1]
-
-
-def test_every_suite_is_of_a_known_kind():
-    known = ("suite_interpreter_", "suite_ahead_of_time_")
-    assert SUITES and all(suite.startswith(known) for suite in SUITES), SUITES
-
-
-@pytest.mark.parametrize("suite", SUITES)
-def test_suite(suite, tmp_path):
-    print(run(suite, tmp_path, "not slow"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("suite", SUITES)
-def test_slow_tests_of_suite(suite, tmp_path):
-    print(run(suite, tmp_path, "slow"))
