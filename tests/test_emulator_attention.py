@@ -245,7 +245,7 @@ def test_what_the_entry_refuses():
     refused(13, 70000, "threshold is not in")
     refused(13, 100, "dropout needs a seed")
     refused(14, "sm70", "the kernel is unknown")
-    refused(14, "sm90", "needs compute capability 9.0")
+    refused(14, "sm90", "need compute capability 9.0")
     three = torch.zeros(1, 20, 3, 64, dtype=BF16)
     with pytest.raises(RuntimeError, match="no multiple of the number of key heads"):
         library.attention_fwd(i.q, three, three, *args[3:])

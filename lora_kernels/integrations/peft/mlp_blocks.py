@@ -79,7 +79,8 @@ def _reason(block: nn.Module, mlp: Mlp) -> str:
 
 
 def _applies(block: nn.Module, mlp: Mlp, x: Tensor) -> bool:
-    """A backward will come, and nothing watches the activation."""
+    """Nothing watches the activation. Without gradients, too: the first pass of a reentrant
+    checkpoint has none, and has to give the bits of the second."""
     act = block._modules[mlp.act]
     hooks = (
         act is not None and (act._forward_hooks or act._forward_pre_hooks or act._backward_hooks),
@@ -87,8 +88,7 @@ def _applies(block: nn.Module, mlp: Mlp, x: Tensor) -> bool:
         nn_module._global_backward_hooks,
     )  # fmt: skip
     return (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch.autograd.forward_ad._current_level < 0
