@@ -316,7 +316,7 @@ def test_blocks_that_nobody_sees_are_skipped(monkeypatch):
     attention(i.q, i.k, i.v, **i.options, backend="aten")
     assert made == 55  # the lower triangle of 10 x 10 blocks
     made = 0
-    attention(i.q, i.k, i.v, window=(15, 0), softcap=3.0)
+    attention(i.q, i.k, i.v, window=(15, 0), softcap=3.0, backend="aten")
     assert made == 19
 
 
