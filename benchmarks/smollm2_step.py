@@ -3,8 +3,8 @@
     python -m benchmarks.smollm2_step [--dtype bf16] [--batch 4] [--sequence 128] [--rank 16]
         [--dropout 0] [--rounds 8] [--json OUT]
 
-Models from one seed - stock, through ``lk.apply``, and through ``lk.apply(fused_loss=True)`` - take
-turns on the same batches: forward, loss, backward, AdamW on the adapters. The weights are random;
+Models from one seed - stock, through ``lk.apply``, the same with ``fused_loss=True``, and that with
+``attn_implementation="lora_kernels"`` - take turns on the same batches: forward, loss, backward, AdamW on the adapters. The weights are random;
 the arithmetic does not depend on them. Before any time is taken, loss and every adapter gradient of
 a two-layer model of the same widths are held to an fp64 oracle.
 """
@@ -26,6 +26,7 @@ import lora_kernels as lk
 from benchmarks import machine, record
 from benchmarks.timing import measure
 from lora_kernels.testing import BudgetExceededError, assert_within_budget
+from lora_kernels.testing.attention import FACTOR, GRADIENT_FACTOR
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SHAPE = {
@@ -33,7 +34,9 @@ SHAPE = {
     "intermediate_size": 1536, "vocab_size": 49152, "max_position_embeddings": 2048,
 }  # fmt: skip
 LAYERS = 30
-PROVIDERS = ("peft", "lora_kernels", "lora_kernels, fused loss")
+PROVIDERS = (
+    "peft", "lora_kernels", "lora_kernels, fused loss", "lora_kernels, loss and attention",
+)  # fmt: skip
 
 
 def build(options: argparse.Namespace, layers: int, dtype: torch.dtype) -> nn.Module:
@@ -85,9 +88,12 @@ def check(options: argparse.Namespace) -> float:
     fused = build(options, 2, dtype)
     lk.apply(fused, fused_loss=True)
     shares = []
-    for name, t in gradients(fused, tokens).items():
-        margin = assert_within_budget(t, oracle[name], plain[name].to(dtype), name)
-        shares.append(max(margin.max_norm, margin.rms))
+    for attention, factor in (("sdpa", FACTOR), (lk.register_attention(), GRADIENT_FACTOR)):
+        fused.set_attn_implementation(attention)
+        for name, t in gradients(fused, tokens).items():
+            margin = assert_within_budget(t, oracle[name], plain[name].to(dtype), name, factor)
+            shares.append(max(margin.max_norm, margin.rms))
+        fused.zero_grad()
     return max(shares)
 
 
@@ -139,7 +145,9 @@ def main(argv: list[str] | None = None) -> int:
     data = batches(options, 4)
     models = {name: build(options, options.layers, DTYPES[options.dtype]) for name in PROVIDERS}
     report = lk.apply(models["lora_kernels"])
-    lk.apply(models["lora_kernels, fused loss"], fused_loss=True)
+    for name in PROVIDERS[2:]:
+        lk.apply(models[name], fused_loss=True)
+    models[PROVIDERS[3]].set_attn_implementation(lk.register_attention())
     trainers = {name: Trainer(model, data) for name, model in models.items()}
     timings = measure(
         {name: trainer.step for name, trainer in trainers.items()},
@@ -170,11 +178,11 @@ def main(argv: list[str] | None = None) -> int:
             for name, t in timings.items()
         ],
     }  # fmt: skip
-    print(f"{'provider':24} {'s/step':>8} {'IQR':>15} {'ratio':>6} {'first loss':>11} {'last':>8}")
+    print(f"{'provider':34} {'s/step':>8} {'IQR':>15} {'ratio':>6} {'first loss':>11} {'last':>8}")
     for row in result["rows"]:
         low, high = row["iqr_seconds"]
         print(
-            f"{row['provider']:24} {row['seconds']:8.3f} {low:7.3f}-{high:<7.3f} "
+            f"{row['provider']:34} {row['seconds']:8.3f} {low:7.3f}-{high:<7.3f} "
             f"{row['ratio']:6.2f} {row['losses'][0]:11.4f} {row['losses'][-1]:8.4f}"
         )
     gains = [f"{1.0 / row['ratio']:.2f}x ({row['provider']})" for row in result["rows"][1:]]
