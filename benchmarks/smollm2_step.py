@@ -4,9 +4,10 @@
         [--dropout 0] [--rounds 8] [--json OUT]
 
 Models from one seed - stock, through ``lk.apply``, the same with ``fused_loss=True``, and that with
-``attn_implementation="lora_kernels"`` - take turns on the same batches: forward, loss, backward, AdamW on the adapters. The weights are random;
-the arithmetic does not depend on them. Before any time is taken, loss and every adapter gradient of
-a two-layer model of the same widths are held to an fp64 oracle.
+``attn_implementation="lora_kernels"`` - take turns on the same batches: forward, loss, backward,
+AdamW on the adapters. The weights are random; the arithmetic does not depend on them. Before any
+time is taken, loss and every adapter gradient of a two-layer model of these widths are held to an
+fp64 oracle.
 """
 
 from __future__ import annotations
