@@ -5,53 +5,11 @@
 #include <limits>
 #include <type_traits>
 
-#include "../common/vector.h"
+#include "../common/vector_math.h"
 #include "linear_cross_entropy.h"
 
 namespace lora_kernels::linear_cross_entropy {
 namespace {
-
-inline Vec broadcast(float f) { return f - Vec{}; }
-inline Vec choose(IVec mask, Vec yes, Vec no) {
-  return (Vec)(((IVec)yes & mask) | ((IVec)no & ~mask));
-}
-
-// exp(x) for x <= 88, error below 2 ulp; 0 below -87.3 (no subnormals), NaN stays NaN.
-// x = n ln 2 + f with |f| <= ln 2 / 2, Taylor to f^7 / 7!, 2^n added to the exponent.
-inline Vec exp_vec(Vec x) {
-  const IVec tiny = (IVec)(x < broadcast(-87.3f));
-  const Vec bounded = choose(tiny, Vec{}, x);
-  const Vec shifted = bounded * 1.44269504f + 12582912.0f;  // an integer in the low bits
-  const Vec n = shifted - 12582912.0f;
-  const Vec f = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;
-  Vec p = f * (1.0f / 5040) + (1.0f / 720);
-  p = p * f + (1.0f / 120);
-  p = p * f + (1.0f / 24);
-  p = p * f + (1.0f / 6);
-  p = p * f + 0.5f;
-  p = p * f + 1.0f;
-  p = p * f + 1.0f;
-  const Vec scale = (Vec)(((IVec)shifted - (0x4b400000 - 127)) << 23);
-  return select(~tiny, p * scale);
-}
-
-// tanh(x) = 1 - 2 / (exp(2 x) + 1); a series near 0, where the difference would cancel.
-inline Vec tanh_vec(Vec x) {
-  const Vec square = x * x;
-  Vec series = square * (-17.0f / 315) + (2.0f / 15);
-  series = series * square + (-1.0f / 3);
-  series = x + x * square * series;
-  const Vec bounded = choose(x > broadcast(10.0f), broadcast(10.0f), x);  // 1 to fp32 from 9.01 on
-  const Vec ratio = 1.0f - 2.0f / (exp_vec(bounded + bounded) + 1.0f);
-  return choose(square < broadcast(0.01f), series, ratio);
-}
-
-inline float sum_lanes(Vec v) {
-  for (int step = LK_LANES / 2; step > 0; step /= 2) {
-    for (int l = 0; l < step; ++l) v[l] += v[l + step];
-  }
-  return v[0];
-}
 
 // Calls body(first column, count) for whole vectors, then once for the columns that remain.
 template <class Body>
