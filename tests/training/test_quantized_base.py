@@ -15,6 +15,7 @@ transformers = pytest.importorskip("transformers")
 
 import lora_kernels as lk  # noqa: E402
 from lora_kernels.errors import ConfigError  # noqa: E402
+from lora_kernels.testing import BudgetExceededError, assert_within_budget  # noqa: E402
 from lora_kernels.training import Predictor, finetune  # noqa: E402
 from lora_kernels.training.quantized_base import method_of  # noqa: E402
 
@@ -139,5 +140,8 @@ def test_a_merged_model_is_dense_and_computes_the_same(
         for m in run.modules():
             if isinstance(m, lk.QuantLoRALinear):
                 m.lora_B.zero_()
-        moved = (expected - run(input_ids=ids).logits).norm()
-    assert moved > 0 and (found - expected).norm() < 1e-2 * moved
+        without = run(input_ids=ids).logits
+        exact = merged.double()(input_ids=ids).logits
+    assert_within_budget(expected, exact, found, "logits")
+    with pytest.raises(BudgetExceededError):
+        assert_within_budget(without, exact, found, "logits without the adapter")
