@@ -111,8 +111,11 @@ def _attention(backend: str) -> None:
 def _gated_activation(backend: str) -> None:
     from lora_kernels.testing import check_gated_activation, gated_activation_inputs
 
+    kinds = ["silu", "gelu_tanh", "relu", "relu_squared"]
+    if backend != "cpu":  # which refuses it
+        kinds.append("gelu")
     for dtype in (torch.float32, torch.bfloat16):
-        for kind in ("silu", "gelu", "gelu_tanh", "relu", "relu_squared"):
+        for kind in kinds:
             check_gated_activation(gated_activation_inputs((70, 33), kind, dtype=dtype), backend)
 
 
