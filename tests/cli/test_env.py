@@ -27,6 +27,7 @@ def test_every_op_and_backend_has_an_answer(facts: dict[str, dict]) -> None:
         for backend in answer["backends"].values():
             assert backend["reason"]
             assert (backend["self_check"] is None) == (not backend["available"])
+            assert backend["self_check"] in (None, "ok")
         assert {c["backend"] for c in answer["auto"].values()} <= set(spec.backends)
 
 
