@@ -35,6 +35,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("for_dgrad"), release());
   m.def("lora_linear_fwd", &lora_linear::lora_linear_fwd, release());
   m.def("lora_linear_bwd", &lora_linear::lora_linear_bwd, release());
+  m.attr("lora_linear_rank_zero") = true;  // members without an adapter, with dropout, too
   py::class_<quant_linear::QuantWeight, std::shared_ptr<quant_linear::QuantWeight>>(m, "QuantWeight")
       .def(py::init(&quant_linear::make_weight), py::arg("layout"), py::arg("n"), py::arg("k"),
            py::arg("block"), py::arg("nested_block"), py::arg("factor"), py::arg("parts"))

@@ -84,6 +84,7 @@ void masked_update(const BwdParams& p, const BwdBuffers<E>& buf, int64_t strip, 
   std::fill(extra, extra + E::MR * E::NR, 0.0f);
   for (int g = 0; g < p.members; ++g) {
     const BwdMember& w = p.member[g];
+    if (w.rank == 0) continue;
     const int64_t rk = round_up(w.rank, E::KR);
     const Segment<E> lora{buf.ds[g] + strip * E::MR * rk,
                           static_cast<const typename E::TB*>(w.a_packed) + k0 * rk, rk};
@@ -129,6 +130,7 @@ void bwd(const BwdParams& p, Grid grid, int thread, void* workspace) {
       }
     }
     for (int g = 0; g < p.members && drops; ++g) {
+      if (p.member[g].rank == 0) continue;
       make_masks(p.dropout, row0, chunk_rows, p.k, static_cast<uint32_t>(g), buf.masks[g]);
     }
     for (int g = 0; g < p.members; ++g) {

@@ -4,7 +4,7 @@
 //
 // A thread owns a range of row strips (and of columns). Per chunk of rows: X is packed, S comes
 // from the packed strip while it is in L1, then Y = [X | s S] [W | B]^T in one accumulator. X is
-// read once, S and Y are written once.
+// read once, S and Y are written once. A member of rank 0 is a layer without an adapter.
 #pragma once
 
 #include "masks.h"
@@ -60,7 +60,7 @@ void fwd(const FwdParams& p, Grid grid, int thread, void* workspace) {
       for (int g = 0; g < p.members; ++g) {
         const FwdMember& w = p.member[g];
         const TA* input = strip;
-        if (p.dropout.threshold != 0) {
+        if (p.dropout.threshold != 0 && w.rank != 0) {
           make_masks(p.dropout, row, rows, p.k, static_cast<uint32_t>(g), buf.masks);
           E::mask_a(strip, rows, p.k, buf.masks, mask_words(p.k), buf.dropped);
           input = buf.dropped;
