@@ -21,6 +21,7 @@ def lora_linear(
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    shrunk: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """``x W^T + bias + scaling * dropout(x) A^T B^T``, fused, with all gradients.
@@ -37,6 +38,10 @@ def lora_linear(
             based (Philox4x32-7 on seed, row, column): nothing is stored, a recomputed forward
             drops the same elements. Resolution 1/65536.
         seed: int or int64 tensor of one element; None draws one from torch's generator.
+        shrunk: ``[..., r]``, the product x A^T where somebody has it already (a norm or an
+            activation that made x), in the (autocast) dtype of x, any strides; without dropout
+            only. It is taken as a value and has no gradient of its own: those of x, A and B are
+            the whole layer's. It is not checked against x.
         backend: None or ``auto``, ``reference``, ``aten``, ``cpu``, ``triton``, ``cuda``. A
             backend asked for by name never falls back.
 
@@ -47,13 +52,14 @@ def lora_linear(
 
     Raises:
         InvalidArgumentError: shape, dtype, device or value of an argument; the message names it.
+            Also a `shrunk` that requires a gradient.
         BackendUnavailableError: `backend` was given and cannot run this problem.
 
     Source: Hu et al. 2021, arXiv 2106.09685; formulas and gradients in reference.py.
     """
     return grouped_lora_linear(
         x, (weight,), (lora_a,), (lora_b,), (scaling,),
-        biases=(bias,), dropout_p=dropout_p, seed=seed, backend=backend,
+        biases=(bias,), dropout_p=dropout_p, seed=seed, shrunk=shrunk, backend=backend,
     )[0]  # fmt: skip
 
 
@@ -67,12 +73,14 @@ def grouped_lora_linear(
     biases: Sequence[Tensor | None] | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    shrunk: Tensor | None = None,
     backend: str | None = None,
 ) -> list[Tensor]:
     """Several LoRA linears of one input (q/k/v, gate/up): x is read once, dX summed once.
 
     Args and errors as :func:`lora_linear`, one list entry per member; out_features and r may
     differ between members. Each member drops its own elements of x, as separate layers would.
+    `shrunk` is ``[..., sum of ranks]``, the members' products side by side.
 
     Returns:
         One ``[..., out_features_g]`` per member.
@@ -93,7 +101,11 @@ def grouped_lora_linear(
     if autocast and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     name = _dispatch.requested_backend(backend)
-    rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+    if shrunk is not None:
+        rank = sum(a.shape[0] for a in lora_as)
+        validate.check_given("shrunk", shrunk, x, x.shape[:-1], rank, dropout_p)
+        shrunk = _rows(shrunk)
+    rows = _rows(x)
     seed = validate.make_seed(seed, dropout_p, x.device)
     run_time_scalings = None
     if torch.compiler.is_compiling():
@@ -105,7 +117,7 @@ def grouped_lora_linear(
             # Dynamo mistakes the arguments of an autograd.Function that nothing differentiates.
             ys, _ = contract.fwd(
                 rows, list(weights), list(lora_as), list(lora_bs), biases, list(scalings),
-                float(dropout_p), seed, name, run_time_scalings,
+                float(dropout_p), seed, name, run_time_scalings, shrunk,
             )  # fmt: skip
             return [_unflatten(y, x) for y in ys]
     outputs = autograd.apply(
@@ -115,9 +127,14 @@ def grouped_lora_linear(
         float(dropout_p),
         name,
         run_time_scalings,
+        shrunk,
         *weights, *lora_as, *lora_bs, *biases,
     )  # fmt: skip
     return [_unflatten(y, x) for y in outputs[:-1]]
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
 
 
 def _unflatten(y: Tensor, x: Tensor) -> Tensor:

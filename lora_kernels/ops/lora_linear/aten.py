@@ -5,8 +5,8 @@ by `addmm_`), computes S and dS once, reads X once for the shrink and once for d
 without dropout, and returns dA and dB from fp32 accumulators when the adapter is fp32.
 
 Launches for a group of G without dropout, adapters in the dtype of x: forward 1 + 2 G (and 1 to
-join the A of a group), backward 2 + 3 G (and 2 for a group: join, split). `tests/ops/
-test_lora_linear_launches.py` holds these counts.
+join the A of a group), backward 2 + 3 G (and 2 for a group: join, split). A given S saves its one
+(and the join), a given dS saves G. `tests/ops/test_lora_linear_launches.py` holds these counts.
 """
 
 from __future__ import annotations
@@ -58,9 +58,10 @@ def lora_linear_fwd(
     scalings: list[float],
     dropout_p: float,
     seed: Tensor | None,
+    shrunk: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Ys, each [M, N_g], and S [M, sum of ranks] in the dtype of x."""
-    s = _shrink(x, lora_as, dropout_p, seed)
+    """Ys, each [M, N_g], and S [M, sum of ranks] in the dtype of x: `shrunk` where given."""
+    s = _shrink(x, lora_as, dropout_p, seed) if shrunk is None else shrunk
     ys, column = [], 0
     for w, b, bias, scaling in zip(weights, lora_bs, biases, scalings, strict=True):
         y = F.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -84,16 +85,18 @@ def lora_linear_bwd(
     need_dx: bool,
     need_da: bool,
     need_db: bool,
+    ds: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """dX [M, K], dAs in the dtype of A, dBs in the dtype of B; what is not needed is empty."""
     ranks = [a.shape[0] for a in lora_as]
     rescale = 1.0 if seed is None else keep_scale(dropout_p)
     single = len(ranks) == 1
-    dx, ds, das, dbs, column = x.new_empty(0), x, [], [], 0
-    if (need_dx or need_da) and not single:
-        ds = x.new_empty(x.shape[0], sum(ranks))
+    dx, das, dbs, column = x.new_empty(0), [], [], 0
+    make_ds = (need_dx or need_da) and ds is None
+    if ds is None:
+        ds = x if single or not make_ds else x.new_empty(x.shape[0], sum(ranks))
     for g, (dy, w, b, scaling) in enumerate(zip(dys, weights, lora_bs, scalings, strict=True)):
-        if need_dx or need_da:
+        if make_ds:
             out = None if single else ds[:, column : column + ranks[g]]
             made = scaled_product(dy, b.to(x.dtype), scaling * rescale, out)
             ds = made if single else ds

@@ -1,7 +1,7 @@
 """Gradient of lora_linear: one autograd node for a whole group. Formulas: reference.py.
 
-Saved: x (shared by the group), S [M, sum of ranks], the parameters and the seed; no mask, no
-dropped copy, no [M, N] tensor. Nothing saved is ever written.
+Saved: x (shared by the group), S [M, sum of ranks] (a given one as it is), the parameters
+and the seed; no mask, no dropped copy, no [M, N] tensor. Nothing saved is ever written.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _once = differentiable_once("lora_linear", "compute this layer with torch.nn.fun
 
 
 class LoraLinearFunction(torch.autograd.Function):
-    """(x, seed, scalings, dropout_p, backend, run_time_scalings, *weights, *lora_as, *lora_bs,
-    *biases) -> (*ys, S)."""
+    """(x, seed, scalings, dropout_p, backend, run_time_scalings, shrunk, *weights, *lora_as,
+    *lora_bs, *biases) -> (*ys, S). S is empty where `shrunk` is it; neither has a gradient."""
 
     @staticmethod
     def forward(
@@ -29,21 +29,23 @@ class LoraLinearFunction(torch.autograd.Function):
         dropout_p: float,
         backend: str,
         run_time_scalings: Tensor | None,
+        shrunk: Tensor | None,
         *flat: Tensor | None,
     ) -> tuple[Tensor, ...]:
         n = len(scalings)
         ys, s = contract.fwd(
             x, list(flat[:n]), list(flat[n : 2 * n]), list(flat[2 * n : 3 * n]),
             list(flat[3 * n :]), list(scalings), dropout_p, seed, backend, run_time_scalings,
+            shrunk,
         )  # fmt: skip
         return (*ys, s)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, seed, scalings, dropout_p, backend, run_time_scalings, *flat = inputs
+        x, seed, scalings, dropout_p, backend, run_time_scalings, shrunk, *flat = inputs
         n = len(scalings)
-        s = output[-1]
-        ctx.mark_non_differentiable(s)
+        ctx.mark_non_differentiable(output[-1])
+        s = output[-1] if shrunk is None else shrunk
         ctx.save_for_backward(x, s, seed, run_time_scalings, *flat[: 3 * n])
         ctx.scalings, ctx.dropout_p, ctx.backend = scalings, dropout_p, backend
         ctx.bias_dtypes = [None if b is None else b.dtype for b in flat[3 * n :]]
@@ -55,7 +57,7 @@ class LoraLinearFunction(torch.autograd.Function):
         n = len(ctx.scalings)
         weights, lora_as, lora_bs = flat[:n], flat[n : 2 * n], flat[2 * n :]
         needs = ctx.needs_input_grad
-        need_w, need_a, need_b, need_bias = (needs[6 + i * n : 6 + (i + 1) * n] for i in range(4))
+        need_w, need_a, need_b, need_bias = (needs[7 + i * n : 7 + (i + 1) * n] for i in range(4))
         dys = [g if g.dtype == x.dtype else g.to(x.dtype) for g in grads[:n]]
         dx: Tensor | None = None
         das: list[Tensor] = []
@@ -71,7 +73,7 @@ class LoraLinearFunction(torch.autograd.Function):
         dbiases = [dy.sum(0, dtype=d) if need else None for dy, d, need in triples]
         none = [None] * n
         return (
-            dx if needs[0] else None, None, None, None, None, None,
+            dx if needs[0] else None, None, None, None, None, None, None,
             *dws,
             *(d if need else None for d, need in zip(das or none, need_a, strict=True)),
             *(d if need else None for d, need in zip(dbs or none, need_b, strict=True)),

@@ -6,6 +6,11 @@ deliberately not differentiable; autograd.py wraps it. Everything here is 2-D.
 
 torch.compile makes a constant of every float argument, so a changed scaling would compile again.
 `run_time_scalings`, fp64 on the CPU, takes the place of `scalings` where that matters.
+
+What a producer or consumer has computed while X or dY was in its registers is taken as it is:
+`shrunk`, S [M, sum of ranks], in the forward (the result's own S is then empty, [M, 0]), and `ds`,
+dS_g = scaling_g dY_g B_g side by side, [M, sum of ranks], in the backward. Both in the dtype of x,
+any strides, without dropout only.
 """
 
 from __future__ import annotations
@@ -19,19 +24,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_kernels.ops.lora_linear import validate
 from lora_kernels.ops.lora_linear.problem import LoraLinearProblem, choose_for
 
 _library = torch.library.Library("lora_kernels", "FRAGMENT")
 _library.define(
     "lora_linear_fwd(Tensor x, Tensor[] weights, Tensor[] lora_as, Tensor[] lora_bs, "
     "Tensor?[] biases, float[] scalings, float dropout_p, Tensor? seed, str backend, "
-    "Tensor? run_time_scalings=None) -> (Tensor[] ys, Tensor s)"
+    "Tensor? run_time_scalings=None, Tensor? shrunk=None) -> (Tensor[] ys, Tensor s)"
 )
 _library.define(
     "lora_linear_bwd(Tensor[] dys, Tensor x, Tensor[] weights, Tensor[] lora_as, "
     "Tensor[] lora_bs, Tensor s, float[] scalings, float dropout_p, Tensor? seed, "
     "bool need_dx, bool need_da, bool need_db, str backend, "
-    "Tensor? run_time_scalings=None) -> (Tensor dx, Tensor[] das, Tensor[] dbs)"
+    "Tensor? run_time_scalings=None, Tensor? ds=None) "
+    "-> (Tensor dx, Tensor[] das, Tensor[] dbs)"
 )
 
 
@@ -44,11 +51,16 @@ def _no_autocast(device_type: str) -> AbstractContextManager[object]:
 
 def _launcher(
     x: Tensor, weights: list[Tensor], lora_as: list[Tensor], dropout_p: float, backend: str,
-    direction: str,
+    direction: str, given: bool,
 ) -> ModuleType:  # fmt: skip
-    problem = LoraLinearProblem.of(x, weights, lora_as, dropout_p)
+    problem = LoraLinearProblem.of(x, weights, lora_as, dropout_p, given)
     name, _ = choose_for(problem, backend, direction)
     return _backend_module(name)
+
+
+def _check_given(name: str, t: Tensor, x: Tensor, lora_as: list[Tensor], dropout_p: float) -> None:
+    rank = sum(a.shape[0] for a in lora_as)
+    validate.check_given(name, t, x, (x.shape[0],), rank, dropout_p)
 
 
 @functools.cache
@@ -67,16 +79,23 @@ def _fwd(
     seed: Tensor | None,
     backend: str,
     run_time_scalings: Tensor | None = None,
+    shrunk: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
+    if shrunk is not None:
+        _check_given("shrunk", shrunk, x, lora_as, dropout_p)
     if x.shape[0] == 0:
-        return _fwd_fake(x, weights, lora_as, lora_bs, biases, scalings, dropout_p, seed, backend)
+        return _fwd_fake(
+            x, weights, lora_as, lora_bs, biases, scalings, dropout_p, seed, backend,
+            shrunk=shrunk,
+        )  # fmt: skip
     if run_time_scalings is not None:
         scalings = run_time_scalings.tolist()
-    launcher = _launcher(x, weights, lora_as, dropout_p, backend, "fwd")
+    launcher = _launcher(x, weights, lora_as, dropout_p, backend, "fwd", shrunk is not None)
     with _no_autocast(x.device.type):
-        return launcher.lora_linear_fwd(
-            x, weights, lora_as, lora_bs, biases, scalings, dropout_p, seed
+        ys, s = launcher.lora_linear_fwd(
+            x, weights, lora_as, lora_bs, biases, scalings, dropout_p, seed, shrunk
         )
+    return ys, s if shrunk is None else x.new_empty(x.shape[0], 0)
 
 
 def _bwd(
@@ -94,7 +113,10 @@ def _bwd(
     need_db: bool,
     backend: str,
     run_time_scalings: Tensor | None = None,
+    ds: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    if ds is not None:
+        _check_given("ds", ds, x, lora_as, dropout_p)
     if x.shape[0] == 0:
         return (
             torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -105,11 +127,11 @@ def _bwd(
         )
     if run_time_scalings is not None:
         scalings = run_time_scalings.tolist()
-    launcher = _launcher(x, weights, lora_as, dropout_p, backend, "bwd")
+    launcher = _launcher(x, weights, lora_as, dropout_p, backend, "bwd", ds is not None)
     with _no_autocast(x.device.type):
         return launcher.lora_linear_bwd(
             dys, x, weights, lora_as, lora_bs, s, scalings, dropout_p, seed,
-            need_dx, need_da, need_db,
+            need_dx, need_da, need_db, ds,
         )  # fmt: skip
 
 
@@ -124,9 +146,11 @@ def _fwd_fake(
     seed: Tensor | None,
     backend: str,
     run_time_scalings: Tensor | None = None,
+    shrunk: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     ys = [x.new_empty(x.shape[0], w.shape[0]) for w in weights]
-    return ys, x.new_empty(x.shape[0], sum(a.shape[0] for a in lora_as))
+    ranks = sum(a.shape[0] for a in lora_as) if shrunk is None else 0
+    return ys, x.new_empty(x.shape[0], ranks)
 
 
 def _bwd_fake(
@@ -144,6 +168,7 @@ def _bwd_fake(
     need_db: bool,
     backend: str,
     run_time_scalings: Tensor | None = None,
+    ds: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     return (
         x.new_empty(x.shape) if need_dx else x.new_empty(0),

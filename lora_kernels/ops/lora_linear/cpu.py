@@ -26,6 +26,8 @@ def supports(problem: LoraLinearProblem) -> tuple[bool, str]:
         return False, "in_features or out_features is 0"
     if len(problem.N) > _MAX_GROUP:
         return False, f"a group of {len(problem.N)} is too large; at most {_MAX_GROUP}"
+    if problem.given and not hasattr(module, "lora_linear_given"):
+        return False, "lora_kernels._C predates a given S or dS; rebuild it"
     return True, f"{module.lora_linear_engine(problem.dtype)} kernels"
 
 
@@ -56,14 +58,15 @@ def lora_linear_fwd(
     scalings: list[float],
     dropout_p: float,
     seed: Tensor | None,
+    shrunk: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Ys, each [M, N_g], and S [M, sum of ranks] in the dtype of x."""
+    """Ys, each [M, N_g], and S [M, sum of ranks] in the dtype of x: `shrunk` where given."""
     module, _ = backend.load()
     assert module is not None
     packed = [packed_weight(w, x.dtype, False) for w in weights]
     ys, s = module.lora_linear_fwd(
         x, packed, [w.shape[0] for w in weights], lora_as, lora_bs, biases, scalings,
-        dropout_p, seed,
+        dropout_p, seed, *(() if shrunk is None else (shrunk,)),
     )  # fmt: skip
     return ys, s
 
@@ -81,6 +84,7 @@ def lora_linear_bwd(
     need_dx: bool,
     need_da: bool,
     need_db: bool,
+    ds: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """dX [M, K], dAs in the dtype of A, dBs in the dtype of B; what is not needed is empty."""
     module, _ = backend.load()
@@ -88,5 +92,5 @@ def lora_linear_bwd(
     packed = [packed_weight(w, x.dtype, True) for w in weights] if need_dx else []
     return module.lora_linear_bwd(
         dys, x, packed, lora_as, lora_bs, s, scalings, dropout_p, seed,
-        need_dx, need_da, need_db,
+        need_dx, need_da, need_db, *(() if ds is None else (ds,)),
     )  # fmt: skip

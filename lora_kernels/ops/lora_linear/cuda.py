@@ -1,12 +1,14 @@
 """lora_linear on the compiled CUDA kernels (csrc/lora_linear/cuda).
 
 Forward: shrink, then one K-extended GEMM. Backward: one pass over dY for dS and dB, dA, then one
-K-extended GEMM for dX. The GEMM is the sm_90a one on Hopper where every operand has 16-byte rows,
+K-extended GEMM for dX. A given S takes the place of the shrink, a given dS that of its half of the
+pass over dY. The GEMM is the sm_90a one on Hopper where every operand has 16-byte rows,
 else the sm_80 one; ``LORA_KERNELS_CUDA_GEMM`` names another (`GEMMS`) for tests and tuning.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
@@ -42,8 +44,16 @@ def supports(problem: LoraLinearProblem) -> tuple[bool, str]:
         return False, f"rank {max(problem.rank)} is too large; at most {_MAX_RANK}"
     if max(problem.M, problem.K, *problem.N) > _MAX_EXTENT:
         return False, f"an extent is larger than {_MAX_EXTENT}"
-    reason = backend.device_reason()
+    reason = backend.device_reason() or (_given_reason() if problem.given else "")
     return not reason, reason or f"CUDA C++ kernels, {_gemm_of(problem)}"
+
+
+@functools.cache
+def _given_reason() -> str:
+    """Why the library takes no given S or dS; "" where it does."""
+    library, _ = backend.load()
+    known = {a.name for a in library.lora_linear_fwd.default._schema.arguments}
+    return "" if "shrunk" in known else "the CUDA library predates a given S or dS; rebuild it"
 
 
 def _gemm_of(problem: LoraLinearProblem) -> str:
@@ -88,14 +98,15 @@ def lora_linear_fwd(
     scalings: list[float],
     dropout_p: float,
     seed: Tensor | None,
+    shrunk: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Ys, each [M, N_g], and S [M, sum of ranks] in the dtype of x."""
+    """Ys, each [M, N_g], and S [M, sum of ranks] in the dtype of x: `shrunk` where given."""
     library, reason = backend.load()
     assert library is not None, reason
     return library.lora_linear_fwd(
         x, [w.to(x.dtype) for w in weights], [_adapter(a) for a in lora_as],
         [_adapter(b) for b in lora_bs], [None if b is None else _adapter(b) for b in biases],
-        scalings, *_dropout(dropout_p, seed), _gemm(),
+        scalings, *_dropout(dropout_p, seed), _gemm(), *(() if shrunk is None else (shrunk,)),
     )  # fmt: skip
 
 
@@ -112,6 +123,7 @@ def lora_linear_bwd(
     need_dx: bool,
     need_da: bool,
     need_db: bool,
+    ds: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """dX [M, K], dAs in the dtype of A, dBs in the dtype of B; what is not needed is empty."""
     library, reason = backend.load()
@@ -119,7 +131,7 @@ def lora_linear_bwd(
     dx, das, dbs = library.lora_linear_bwd(
         dys, x, [w.to(x.dtype) for w in weights], [_adapter(a) for a in lora_as],
         [_adapter(b) for b in lora_bs], s, scalings, *_dropout(dropout_p, seed),
-        need_dx, need_da, need_db, _gemm(),
+        need_dx, need_da, need_db, _gemm(), *(() if ds is None else (ds,)),
     )  # fmt: skip
     das = [d.to(a.dtype) for d, a in zip(das, lora_as, strict=need_da)]
     dbs = [d.to(b.dtype) for d, b in zip(dbs, lora_bs, strict=need_db)]

@@ -22,7 +22,8 @@ BACKENDS = ("reference", "aten", "cpu", "triton", "cuda")
 
 @dataclass(frozen=True)
 class LoraLinearProblem:
-    """Y [M, N] from X [M, K]; N and the ranks are per group member. `device_index` counts GPUs."""
+    """Y [M, N] from X [M, K]; N and the ranks are per group member. `device_index` counts GPUs;
+    `given`: S, or dS in the backward, is an operand."""
 
     M: int
     K: int
@@ -35,11 +36,13 @@ class LoraLinearProblem:
     frozen: bool = True
     adapter_dtype: torch.dtype | None = None
     device_index: int = 0
+    given: bool = False
 
     @classmethod
     def of(
-        cls, x: Tensor, weights: list[Tensor], lora_as: list[Tensor], dropout_p: float
-    ) -> LoraLinearProblem:
+        cls, x: Tensor, weights: list[Tensor], lora_as: list[Tensor], dropout_p: float,
+        given: bool = False,
+    ) -> LoraLinearProblem:  # fmt: skip
         return cls(
             M=x.shape[0],
             K=x.shape[1],
@@ -52,6 +55,7 @@ class LoraLinearProblem:
             frozen=not any(w.requires_grad for w in weights),
             adapter_dtype=lora_as[0].dtype,
             device_index=x.device.index or 0,
+            given=given,
         )
 
     @classmethod

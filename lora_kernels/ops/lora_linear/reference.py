@@ -9,6 +9,7 @@ With X [M, K], W [N, K], A [r, K], B [N, r], keep mask D(p) and scale s:
     dA = dS^T (X * D / P(keep))                     [r, K]
     dB = s dY^T S                                   [N, r]
 
+S and dS may be given instead (without dropout): whoever made X or dY has them.
 A group shares X: each member has its own W, A, B, s and its own mask (stream g of the counter).
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021 (arXiv 2106.09685).
 """
@@ -37,17 +38,22 @@ def lora_linear_fwd(
     scalings: list[float],
     dropout_p: float,
     seed: Tensor | None,
+    shrunk: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Ys, each [M, N_g], and S [M, sum of ranks]."""
-    ys, ss = [], []
+    """Ys, each [M, N_g], and S [M, sum of ranks]: `shrunk` where given."""
+    ys, ss, column = [], [], 0
     for g, (w, a, b, bias, scaling) in enumerate(
         zip(weights, lora_as, lora_bs, biases, scalings, strict=True)
     ):
-        s = dropped(x, dropout_p, seed, g) @ a.to(x.dtype).t()
+        if shrunk is None:
+            s = dropped(x, dropout_p, seed, g) @ a.to(x.dtype).t()
+        else:
+            s = shrunk[:, column : column + a.shape[0]]
+            column += a.shape[0]
         y = x @ w.to(x.dtype).t() + scaling * (s @ b.to(x.dtype).t())
         ys.append(y if bias is None else y + bias.to(x.dtype))
         ss.append(s)
-    return ys, torch.cat(ss, 1)
+    return ys, torch.cat(ss, 1) if shrunk is None else shrunk
 
 
 def lora_linear_bwd(
@@ -63,6 +69,7 @@ def lora_linear_bwd(
     need_dx: bool,
     need_da: bool,
     need_db: bool,
+    ds: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """dX [M, K], dAs in the dtype of A, dBs in the dtype of B; what is not needed is empty."""
     dx = x.new_zeros(x.shape) if need_dx else x.new_empty(0)
@@ -71,12 +78,12 @@ def lora_linear_bwd(
         zip(dys, weights, lora_as, lora_bs, scalings, strict=True)
     ):
         r = a.shape[0]
-        s_g, column = s[:, column : column + r], column + r
-        ds = scaling * (dy @ b.to(x.dtype))
+        columns, column = slice(column, column + r), column + r
+        ds_g = scaling * (dy @ b.to(x.dtype)) if ds is None else ds[:, columns]
         if need_dx:
-            dx = dx + dy @ w.to(x.dtype) + dropped(ds @ a.to(x.dtype), dropout_p, seed, g)
+            dx = dx + dy @ w.to(x.dtype) + dropped(ds_g @ a.to(x.dtype), dropout_p, seed, g)
         if need_da:
-            das.append((ds.t() @ dropped(x, dropout_p, seed, g)).to(a.dtype))
+            das.append((ds_g.t() @ dropped(x, dropout_p, seed, g)).to(a.dtype))
         if need_db:
-            dbs.append((scaling * (dy.t() @ s_g)).to(b.dtype))
+            dbs.append((scaling * (dy.t() @ s[:, columns])).to(b.dtype))
     return dx, das, dbs

@@ -11,6 +11,9 @@ calls can be captured in a graph once their kernels are compiled (the first call
               sum_partials for all, one pass over X for every dA, its sum_partials, one K-extended
               GEMM for dX of the whole group
 
+A given S saves the shrink, a given dS its half of the pass over dY, or all of it where no dB is
+wanted.
+
 CPU tensors run in Triton's interpreter when TRITON_INTERPRET=1 was set before the first launch.
 """
 
@@ -168,11 +171,12 @@ def lora_linear_fwd(
     scalings: list[float],
     dropout_p: float,
     seed: Tensor | None,
+    shrunk: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Ys, each [M, N_g], and S [M, sum of ranks] in the dtype of x."""
+    """Ys, each [M, N_g], and S [M, sum of ranks] in the dtype of x: `shrunk` where given."""
     with _on_device(x), _arithmetic():
         drop = _dropout(dropout_p, seed, x)
-        s = _shrink(x, lora_as, drop)
+        s = _shrink(x, lora_as, drop) if shrunk is None else _unit_columns(shrunk)
         ys, column = [], 0
         for w, b, bias, scaling in zip(weights, lora_bs, biases, scalings, strict=True):
             rank = b.shape[1]
@@ -185,7 +189,7 @@ def lora_linear_fwd(
             )  # fmt: skip
             column += rank
             ys.append(y)
-        return ys, s
+        return ys, s if shrunk is None else shrunk
 
 
 def lora_linear_bwd(
@@ -201,19 +205,28 @@ def lora_linear_bwd(
     need_dx: bool,
     need_da: bool,
     need_db: bool,
+    ds: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """dX [M, K], dAs in the dtype of A, dBs in the dtype of B; what is not needed is empty."""
     with _on_device(x), _arithmetic():
         drop = _dropout(dropout_p, seed, x)
+        make_ds = (need_dx or need_da) and ds is None
         dss, dbs = _dy_passes(
-            dys, x, lora_bs, s, scalings, drop, need_dx or need_da, need_db
+            dys, x, lora_bs, _unit_columns(s), scalings, drop, make_ds, need_db
         )  # fmt: skip
+        if ds is not None:
+            dss = list(_unit_columns(ds).split([a.shape[0] for a in lora_as], 1))
         das = _da_pass(x, lora_as, dss, drop) if need_da else []
         dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
         if need_dx:
             ws = [w if w.dtype == x.dtype else w.to(x.dtype) for w in weights]
             _gemm(dx, dys, ws, dss, lora_as, 1.0, None, drop, False)
         return dx, das, dbs
+
+
+def _unit_columns(t: Tensor) -> Tensor:
+    """S and dS with any distance of rows; what a caller gives may have any strides."""
+    return t if t.stride(1) == 1 else t.contiguous()
 
 
 def _shrink(x: Tensor, lora_as: list[Tensor], drop: _Dropout) -> Tensor:
@@ -396,7 +409,8 @@ def _da_pass(x: Tensor, lora_as: list[Tensor], dss: list[Tensor], drop: _Dropout
         part = x.new_empty(splits, total, k, dtype=torch.float32)
         if k:
             _kernels().da_pass[(-(-k // c.held), splits)](
-                x, tuple(dss[first:last]), part, drop.seed, m, k, total, part_ranks, *x.stride(),
+                x, tuple(dss[first:last]), part, drop.seed, m, k, total, part_ranks,
+                tuple(d.stride(0) for d in dss[first:last]), *x.stride(),
                 drop.threshold, per_split, first,
                 G=count, RP=padded, BM=c.step, BK=c.held,
                 DROPOUT=drop.on, PRECISION=_precision(x.dtype),

@@ -4,8 +4,8 @@
 
 Math       dS[m, r] = s ks sum_n dY[m, n] B[n, r]          dB[n, r] = s sum_m dY[m, n] S[m, r]
            dA_g[r, k] = sum_m dS_g[m, r] keep_g[m, k] X[m, k]
-Shapes     dY [M, N], X [M, K], B [N, r] in any strides; S [M, sum r_g] contiguous, dS one
-           [M, r_g] after another; partial sums in fp32: dS [N tiles, M, r], dB [SPLIT, N, r],
+Shapes     dY [M, N], X [M, K], B [N, r] in any strides; S [M, sum r_g] and dS_g [M, r_g] with
+           unit column stride; partial sums in fp32: dS [N tiles, M, r], dB [SPLIT, N, r],
            dA [SPLIT, sum r_g, K].
 Grid       dy_pass: (ceil(N / BN), SPLIT). A program holds its BN rows of dB in registers, walks
            down its range of M and meets each tile of dY once: a partial sum of dS leaves per tile.
@@ -70,7 +70,7 @@ def dy_pass(
 
 @triton.jit(do_not_specialize=["M", "threshold", "rows_per_split"])
 def da_pass(
-    x, ds_ptrs, da_part, seed_ptr, M, K, total_rank, ranks, sxm, sxk,
+    x, ds_ptrs, da_part, seed_ptr, M, K, total_rank, ranks, ds_rows, sxm, sxk,
     threshold, rows_per_split, stream,
     G: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -90,7 +90,7 @@ def da_pass(
         tile = _x_tile(x, m, k, last, K, sxm, sxk)
         added = ()
         for g in tl.static_range(G):
-            ds = _ds_tile(ds_ptrs[g], m, last, ranks[g], RP)
+            ds = _ds_tile(ds_ptrs[g], m, last, ranks[g], ds_rows[g], RP)
             kept = tile
             if DROPOUT:
                 keep = keep_tile(seed, m, block * BK, stream + g, threshold, BM, BK)
@@ -110,9 +110,9 @@ def _x_tile(x, m, k, last, K, sxm, sxk):
 
 
 @triton.jit
-def _ds_tile(ds, m, last, rank, RP: tl.constexpr):
+def _ds_tile(ds, m, last, rank, row, RP: tl.constexpr):
     r = tl.arange(0, RP)
-    pointers = ds + m.to(tl.int64)[:, None] * rank + r[None, :]
+    pointers = ds + m.to(tl.int64)[:, None] * row + r[None, :]
     return tl.load(pointers, mask=(m < last)[:, None] & (r < rank)[None, :], other=0.0)
 
 

@@ -83,6 +83,30 @@ def check_tensors(
             _fail(f"bias{tag} has shape {_shape(bias)}; accepted: [{w.shape[0]}]")
 
 
+def check_given(
+    name: str, t: Tensor, x: Tensor, lead: Sequence[int], rank: int, dropout_p: float
+) -> None:
+    """A given product of the adapter, S or dS: `lead` rows of `rank` columns, in the dtype of x."""
+    if not isinstance(t, Tensor):
+        _fail(f"{name} is a {type(t).__name__}; accepted: torch.Tensor or None")
+    if t.device != x.device:
+        _fail(f"{name} is on {t.device} but x is on {x.device}; move them to one device")
+    if t.dtype != x.dtype:
+        _fail(f"{name} has dtype {t.dtype}; accepted: {x.dtype}, in which x is multiplied")
+    if tuple(t.shape) != (*lead, rank):
+        _fail(f"{name} has shape {_shape(t)}; accepted: {[*lead, rank]}, all ranks side by side")
+    if t.requires_grad:
+        _fail(
+            f"{name} requires a gradient; accepted: a value ({name}.detach()), for the gradients "
+            "of x, A and B are those of the whole layer"
+        )
+    if dropout_p != 0.0:
+        _fail(
+            f"{name} is given with dropout_p={dropout_p!r}; accepted: dropout_p=0, since each "
+            "member drops elements of its own"
+        )
+
+
 def check_scaling(scaling: float) -> None:
     if isinstance(scaling, Tensor):
         _fail("scaling is a tensor; accepted: a finite number")
