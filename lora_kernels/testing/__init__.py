@@ -19,6 +19,7 @@ from lora_kernels.testing.dora_linear import (
 )
 from lora_kernels.testing.gated_activation import (
     GatedActivationInputs,
+    check_adapter_products,
     check_gated_activation,
     gated_activation_inputs,
     gated_activation_op,
@@ -39,6 +40,12 @@ from lora_kernels.testing.quant_linear import (
     quant_linear_inputs,
     quant_linear_op,
 )
+from lora_kernels.testing.rms_norm import (
+    RmsNormInputs,
+    check_rms_norm,
+    rms_norm_inputs,
+    rms_norm_op,
+)
 from lora_kernels.testing.rope import RopeInputs, check_rope, rope_inputs, rope_op
 
 __all__ = [
@@ -52,16 +59,19 @@ __all__ = [
     "LoraLinearResults",
     "Margin",
     "QuantLinearInputs",
+    "RmsNormInputs",
     "RopeInputs",
     "assert_within_budget",
     "attention_inputs",
     "attention_op",
+    "check_adapter_products",
     "check_attention",
     "check_dora_linear",
     "check_gated_activation",
     "check_linear_cross_entropy",
     "check_lora_linear",
     "check_quant_linear",
+    "check_rms_norm",
     "check_rope",
     "compare",
     "dora_linear_inputs",
@@ -79,6 +89,8 @@ __all__ = [
     "quant_linear_inputs",
     "quant_linear_op",
     "relayout",
+    "rms_norm_inputs",
+    "rms_norm_op",
     "rope_inputs",
     "rope_op",
     "yardstick",

@@ -135,8 +135,8 @@ def test_only_the_operands_are_saved(backend):
 def test_opcheck(backend, layout):
     for gated in (True, False):
         i = gated_activation_inputs(gated=gated, layout=layout, dtype=torch.bfloat16)
-        opcheck(FWD, (i.gate, i.up, "silu", backend))
-        opcheck(BWD, (i.gate, i.gate, i.up, "gelu", backend))
+        opcheck(FWD, (i.gate, i.up, "silu", [], backend))
+        opcheck(BWD, (i.gate, i.gate, i.up, "gelu", [], None, [], backend))
     assert _registry.find("gated_activation").schemas == (FWD.name(), BWD.name())
 
 

@@ -87,11 +87,11 @@ def test_a_planted_fault_is_found(isa, wrong):
 
 def test_opcheck():
     i = gated_activation_inputs(layout="permuted", dtype=torch.bfloat16)
+    ops = torch.ops.lora_kernels
     for up in (i.up, None):
-        opcheck(torch.ops.lora_kernels.gated_activation_fwd.default, (i.gate, up, "silu", "cpu"))
-        opcheck(
-            torch.ops.lora_kernels.gated_activation_bwd.default, (i.gate, i.gate, up, "relu", "cpu")
-        )
+        opcheck(ops.gated_activation_fwd.default, (i.gate, up, "silu", [], "cpu"))
+        arguments = (i.gate, i.gate, up, "relu", [], None, [], "cpu")
+        opcheck(ops.gated_activation_bwd.default, arguments)
 
 
 def test_what_it_lacks_is_refused_and_left_to_aten():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -9,9 +12,27 @@ from lora_kernels.ops import _dispatch
 from lora_kernels.ops.gated_activation import autograd, contract, validate
 
 
+@overload
 def gated_activation(
     gate: Tensor, up: Tensor | None = None, kind: str = "silu", *, backend: str | None = None
-) -> Tensor:
+) -> Tensor: ...
+@overload
+def gated_activation(
+    gate: Tensor,
+    up: Tensor | None = None,
+    kind: str = "silu",
+    *,
+    lora_as: Sequence[Tensor],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+def gated_activation(
+    gate: Tensor,
+    up: Tensor | None = None,
+    kind: str = "silu",
+    *,
+    lora_as: Sequence[Tensor] = (),
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """``act(gate) * up``, or ``act(gate)`` without up; nothing but gate and up is saved.
 
     Args:
@@ -20,6 +41,8 @@ def gated_activation(
         up: the same shape and dtype, or None.
         kind: ``silu`` (SwiGLU), ``gelu`` and ``gelu_tanh`` (GEGLU, exact and approximate),
             ``relu``, ``relu_squared``.
+        lora_as: A ``[r, features]`` of the adapters of the layers that take the result (the down
+            projection), any floating dtype. With any, S is returned, too.
         backend: None or ``auto``, ``reference``, ``aten``, ``cpu``. A backend asked for by name
             never falls back.
 
@@ -27,7 +50,9 @@ def gated_activation(
     op's README. Differentiable once; the backward computes the activation again.
 
     Returns:
-        A contiguous tensor in the shape and dtype of gate.
+        h, contiguous, in the shape and dtype of gate; with lora_as ``(h, s)``, where s
+        ``[..., sum of r]`` in the dtype of gate is the rounded h times every A transposed. It is a
+        value to hand on, and has no gradient of its own.
 
     Raises:
         InvalidArgumentError: shape, dtype, device or value of an argument; the message names it.
@@ -35,17 +60,26 @@ def gated_activation(
 
     Source: Shazeer 2020, arXiv 2002.05202; formulas in reference.py.
     """
-    validate.check(gate, up, kind)
+    validate.check(gate, up, kind, lora_as)
     name = _dispatch.requested_backend(backend)
     rows = _rows(gate)
     factor = None if up is None else _rows(up)
     if torch.is_grad_enabled() and (gate.requires_grad or (up is not None and up.requires_grad)):
         if factor is not None and up is gate and torch.compiler.is_compiling():
             factor = factor.view_as(factor)  # no autograd function is traced with a tensor twice
-        h = autograd.GatedActivationFunction.apply(rows, factor, kind, name)
+        values = [a.detach() for a in lora_as]
+        h, s = autograd.GatedActivationFunction.apply(rows, factor, kind, name, *values)
     else:
-        h = contract.fwd(rows, factor, kind, name)
-    return h if gate.dim() == 2 else torch.ops.aten._unsafe_view.default(h, gate.shape)
+        h, s = contract.fwd(rows, factor, kind, list(lora_as), name)
+    h = _like(h, gate)
+    return (h, _like(s, gate)) if lora_as else h
+
+
+def _like(t: Tensor, gate: Tensor) -> Tensor:
+    """t [M, n] with the leading shape of gate."""
+    if gate.dim() == 2:
+        return t
+    return torch.ops.aten._unsafe_view.default(t, (*gate.shape[:-1], t.shape[-1]))
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""Gradient of gated_activation. Saved: gate and up, nothing that can be computed from them."""
+"""Gradient of gated_activation. Saved: gate and up, nothing that can be computed from them.
+
+S is a value that a layer behind H would compute itself; its gradient is that layer's business.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,23 @@ _once = differentiable_once("gated_activation", "compute the activation with tor
 
 
 class GatedActivationFunction(torch.autograd.Function):
-    """(gate, up, kind, backend) -> h, all 2-D."""
+    """(gate, up, kind, backend, *lora_as) -> (h, s), all 2-D; s without a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor | None, kind: str, backend: str) -> Tensor:
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor | None, kind: str, backend: str, *lora_as: Tensor
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(gate, up)
         ctx.kind, ctx.backend = kind, backend
-        return contract.fwd(gate, up, kind, backend)
+        h, s = contract.fwd(gate, up, kind, list(lora_as), backend)
+        ctx.mark_non_differentiable(s)
+        return h, s
 
     @staticmethod
     @_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        dgate, dup = contract.bwd(grads[0], gate, up, ctx.kind, ctx.backend)
+        dgate, dup, _, _ = contract.bwd(grads[0], gate, up, ctx.kind, [], None, [], ctx.backend)
         needs = ctx.needs_input_grad
-        return dgate if needs[0] else None, dup if needs[1] else None, None, None
+        rest = [None] * (len(needs) - 2)
+        return dgate if needs[0] else None, dup if needs[1] else None, *rest

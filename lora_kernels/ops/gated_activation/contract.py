@@ -1,6 +1,7 @@
 """The registered op pair of gated_activation: schema, implementation, fake. Torch only.
 
-Deliberately not differentiable; autograd.py wraps it. Everything here is 2-D.
+Deliberately not differentiable; autograd.py wraps it. Everything here is 2-D. What a caller does
+not ask for is empty: s and ds have no columns, dup and dbs no elements.
 """
 
 from __future__ import annotations
@@ -11,44 +12,73 @@ from torch import Tensor
 from lora_kernels.ops.gated_activation.problem import GatedActivationProblem, launcher
 
 _library = torch.library.Library("lora_kernels", "FRAGMENT")
-_library.define("gated_activation_fwd(Tensor gate, Tensor? up, str kind, str backend) -> Tensor")
 _library.define(
-    "gated_activation_bwd(Tensor dh, Tensor gate, Tensor? up, str kind, str backend) -> "
-    "(Tensor dgate, Tensor dup)"
+    "gated_activation_fwd(Tensor gate, Tensor? up, str kind, Tensor[] lora_as, str backend) -> "
+    "(Tensor h, Tensor s)"
+)
+_library.define(
+    "gated_activation_bwd(Tensor dh, Tensor gate, Tensor? up, str kind, Tensor[] lora_bs, "
+    "Tensor? s, float[] scalings, str backend) -> "
+    "(Tensor dgate, Tensor dup, Tensor ds, Tensor[] dbs)"
 )
 
 
-def _problem(gate: Tensor, up: Tensor | None, kind: str) -> GatedActivationProblem:
-    return GatedActivationProblem(
-        gate.shape[0], gate.shape[1], kind, up is not None, gate.dtype, gate.device.type
-    )
-
-
-def _fwd(gate: Tensor, up: Tensor | None, kind: str, backend: str) -> Tensor:
+def _fwd(
+    gate: Tensor, up: Tensor | None, kind: str, lora_as: list[Tensor], backend: str
+) -> tuple[Tensor, Tensor]:
     if gate.numel() == 0:
-        return gate.new_empty(gate.shape)
-    module = launcher(_problem(gate, up, kind), backend)
-    return module.gated_activation_fwd(gate, up, kind).contiguous()
+        h, s = _fwd_fake(gate, up, kind, lora_as, backend)
+        return h, s.zero_()
+    module = launcher(GatedActivationProblem.of_fwd(gate, up, kind, lora_as), backend, "fwd")
+    h, s = module.gated_activation_fwd(gate, up, kind, lora_as)
+    return h.contiguous(), s.contiguous()
 
 
 def _bwd(
-    dh: Tensor, gate: Tensor, up: Tensor | None, kind: str, backend: str
-) -> tuple[Tensor, Tensor]:
+    dh: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    kind: str,
+    lora_bs: list[Tensor],
+    s: Tensor | None,
+    scalings: list[float],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     if gate.numel() == 0:
-        return _bwd_fake(dh, gate, up, kind, backend)
-    module = launcher(_problem(gate, up, kind), backend)
-    dgate, dup = module.gated_activation_bwd(dh, gate, up, kind)
-    return dgate.contiguous(), gate.new_empty(0) if dup is None else dup.contiguous()
+        dgate, dup, ds, dbs = _bwd_fake(dh, gate, up, kind, lora_bs, s, scalings, backend)
+        return dgate, dup, ds.zero_(), [d.zero_() for d in dbs]
+    problem = GatedActivationProblem.of_bwd(gate, up, kind, lora_bs, s)
+    module = launcher(problem, backend, "bwd")
+    dgate, dup, ds, dbs = module.gated_activation_bwd(dh, gate, up, kind, lora_bs, s, scalings)
+    return (
+        dgate.contiguous(),
+        gate.new_empty(0) if dup is None else dup.contiguous(),
+        ds.contiguous(),
+        [d.contiguous() for d in dbs],
+    )
 
 
-def _fwd_fake(gate: Tensor, up: Tensor | None, kind: str, backend: str) -> Tensor:
-    return gate.new_empty(gate.shape)
+def _fwd_fake(
+    gate: Tensor, up: Tensor | None, kind: str, lora_as: list[Tensor], backend: str
+) -> tuple[Tensor, Tensor]:
+    s = gate.new_empty(gate.shape[0], sum(a.shape[0] for a in lora_as))
+    return gate.new_empty(gate.shape), s
 
 
 def _bwd_fake(
-    dh: Tensor, gate: Tensor, up: Tensor | None, kind: str, backend: str
-) -> tuple[Tensor, Tensor]:
-    return gate.new_empty(gate.shape), gate.new_empty(0 if up is None else gate.shape)
+    dh: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    kind: str,
+    lora_bs: list[Tensor],
+    s: Tensor | None,
+    scalings: list[float],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    dup = gate.new_empty(0 if up is None else gate.shape)
+    ds = dh.new_empty(dh.shape[0], sum(b.shape[1] for b in lora_bs))
+    dbs = [] if s is None else [b.new_empty(b.shape) for b in lora_bs]
+    return gate.new_empty(gate.shape), dup, ds, dbs
 
 
 for _key in ("CPU", "CUDA"):

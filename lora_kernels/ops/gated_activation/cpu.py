@@ -24,22 +24,31 @@ def supports(problem: GatedActivationProblem) -> tuple[bool, str]:
         return False, f"dtype {problem.dtype} is not supported; float32, bfloat16 and float16 are"
     if problem.kind == "gelu":
         return False, "kind 'gelu' needs erf, which PyTorch's kernel has in vectors"
+    if problem.rank or problem.member_ranks:
+        return False, "lora_kernels._C has no products with adapters in the activation"
     return True, "one pass over the rows"
 
 
-def gated_activation_fwd(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
-    """H [M, N] of gate and up [M, N]."""
+def gated_activation_fwd(
+    gate: Tensor, up: Tensor | None, kind: str, lora_as: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """H [M, N] of gate and up [M, N], S [M, sum of ranks]."""
     module, _ = backend.load()
     assert module is not None
-    h: Tensor = module.gated_activation_fwd(gate, up, kind)
-    return h
+    return module.gated_activation_fwd(gate, up, kind), gate.new_empty(gate.shape[0], 0)
 
 
 def gated_activation_bwd(
-    dh: Tensor, gate: Tensor, up: Tensor | None, kind: str
-) -> tuple[Tensor, Tensor | None]:
-    """dgate and dup [M, N]; dup None without up."""
+    dh: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    kind: str,
+    lora_bs: list[Tensor],
+    s: Tensor | None,
+    scalings: list[float],
+) -> tuple[Tensor, Tensor | None, Tensor, list[Tensor]]:
+    """dgate and dup [M, N] (dup None without up), dS [M, sum of ranks], dBs."""
     module, _ = backend.load()
     assert module is not None
     dgate, dup = module.gated_activation_bwd(dh, gate, up, kind)
-    return dgate, None if up is None else dup
+    return dgate, None if up is None else dup, dh.new_empty(dh.shape[0], 0), []

@@ -10,9 +10,14 @@
     relu          max(g, 0)                                 act' = [g > 0]
     relu_squared  max(g, 0)^2                               act' = 2 max(g, 0)
 
-Computed in fp32 (fp64 for fp64) and rounded once. Sources: Shazeer 2020, arXiv 2002.05202 (gated
-units); Hendrycks and Gimpel 2016, arXiv 1606.08415 (GELU and its approximation); So et al. 2021,
-arXiv 2109.08668 (squared ReLU).
+With adapters of the layers around it, from the rounded h, dg, du (d_0 = dg, d_1 = du):
+
+    S = h A_cat^T        dS_i = s_i d_i B_i        dB_i = s_i d_i^T S_i
+
+Computed in fp32 (fp64 for fp64) and rounded once; dB in the dtype of B. Sources: Shazeer 2020,
+arXiv 2002.05202 (gated units); Hendrycks and Gimpel 2016, arXiv 1606.08415 (GELU and its
+approximation); So et al. 2021, arXiv 2109.08668 (squared ReLU); Hu et al. 2021, arXiv 2106.09685
+(the adapters).
 """
 
 from __future__ import annotations
@@ -47,18 +52,43 @@ def _wide(t: Tensor) -> Tensor:
     return t.to(torch.float64 if t.dtype == torch.float64 else torch.float32)
 
 
-def gated_activation_fwd(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
-    """H in the shape and dtype of gate."""
+def gated_activation_fwd(
+    gate: Tensor, up: Tensor | None, kind: str, lora_as: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """H in the shape and dtype of gate, S [M, sum of ranks]."""
     h, _ = _activation(_wide(gate), kind)
-    return (h if up is None else h * _wide(up)).to(gate.dtype)
+    h = (h if up is None else h * _wide(up)).to(gate.dtype)
+    if not lora_as:
+        return h, gate.new_empty(gate.shape[0], 0)
+    return h, torch.cat([_wide(h) @ _wide(a).t() for a in lora_as], 1).to(gate.dtype)
 
 
 def gated_activation_bwd(
-    dh: Tensor, gate: Tensor, up: Tensor | None, kind: str
-) -> tuple[Tensor, Tensor | None]:
-    """dgate and dup in the dtype of gate; dup None without up."""
+    dh: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    kind: str,
+    lora_bs: list[Tensor],
+    s: Tensor | None,
+    scalings: list[float],
+) -> tuple[Tensor, Tensor | None, Tensor, list[Tensor]]:
+    """dgate, dup in the dtype of gate (dup None without up), dS [M, sum of ranks], dBs."""
     act, slope = _activation(_wide(gate), kind)
     wide = _wide(dh)
     if up is None:
-        return (wide * slope).to(gate.dtype), None
-    return (wide * _wide(up) * slope).to(gate.dtype), (wide * act).to(gate.dtype)
+        grads: list[Tensor] = [(wide * slope).to(gate.dtype)]
+    else:
+        grads = [(wide * _wide(up) * slope).to(gate.dtype), (wide * act).to(gate.dtype)]
+    dup = None if up is None else grads[1]
+    if not lora_bs:
+        return grads[0], dup, dh.new_empty(dh.shape[0], 0), []
+    members = list(zip(grads, lora_bs, scalings, strict=True))
+    ds = torch.cat([scaling * (_wide(d) @ _wide(b)) for d, b, scaling in members], 1).to(dh.dtype)
+    if s is None:
+        return grads[0], dup, ds, []
+    parts = s.split([b.shape[1] for b in lora_bs], 1)
+    dbs = [
+        (scaling * (_wide(d).t() @ _wide(part))).to(b.dtype)
+        for (d, b, scaling), part in zip(members, parts, strict=True)
+    ]
+    return grads[0], dup, ds, dbs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from lora_kernels.errors import InvalidArgumentError
@@ -14,8 +16,11 @@ def _fail(message: str) -> None:
     raise InvalidArgumentError(f"gated_activation: {message}")
 
 
-def check(gate: Tensor, up: Tensor | None, kind: str) -> None:
-    for name, t in (("gate", gate), ("up", up)):
+def check(gate: Tensor, up: Tensor | None, kind: str, lora_as: Sequence[Tensor] = ()) -> None:
+    if not isinstance(lora_as, (tuple, list)):
+        _fail(f"lora_as is a {type(lora_as).__name__}; accepted: a tuple or list of tensors")
+    adapters = [(f"lora_as[{g}]", a) for g, a in enumerate(lora_as)]
+    for name, t in (("gate", gate), ("up", up), *adapters):
         if name == "up" and t is None:
             continue
         if not isinstance(t, Tensor):
@@ -31,5 +36,8 @@ def check(gate: Tensor, up: Tensor | None, kind: str) -> None:
         _fail("gate is a scalar; accepted: [..., features]")
     if up is not None and up.shape != gate.shape:
         _fail(f"up has shape {list(up.shape)}; accepted: {list(gate.shape)}, as gate")
+    for name, a in adapters:
+        if a.dim() != 2 or a.shape[1] != gate.shape[-1] or a.shape[0] < 1:
+            _fail(f"{name} has shape {list(a.shape)}; accepted: [r >= 1, {gate.shape[-1]}]")
     if kind not in KINDS:
         _fail(f"kind={kind!r} is not usable; accepted: {', '.join(KINDS)}")
