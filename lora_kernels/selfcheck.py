@@ -33,6 +33,9 @@ TYPICAL: dict[str, dict[str, dict[str, Any]]] = {
     "gated_activation": {
         dtype: {"M": 2048, "N": 2048, "dtype": dtype} for dtype in ("float32", "bfloat16")
     },
+    "rms_norm": {
+        dtype: {"M": 2048, "K": 2048, "R": 48, "dtype": dtype} for dtype in ("float32", "bfloat16")
+    },
     "rope": {
         dtype: {"B": 1, "S": 2048, "H": 32, "Hk": 8, "D": 64, "dtype": dtype}
         for dtype in ("float32", "bfloat16")
@@ -119,6 +122,15 @@ def _gated_activation(backend: str) -> None:
             check_gated_activation(gated_activation_inputs((70, 33), kind, dtype=dtype), backend)
 
 
+def _rms_norm(backend: str) -> None:
+    from lora_kernels.testing import check_rms_norm, moved, rms_norm_inputs
+
+    for dtype in (torch.float32, torch.bfloat16):
+        plain = rms_norm_inputs((70, 33), ranks=(8, 5), dtype=dtype)
+        for inputs in (plain, rms_norm_inputs((3, 70, 96), offset=1.0, dtype=dtype)):
+            check_rms_norm(moved(inputs, _device(backend)), backend)
+
+
 def _rope(backend: str) -> None:
     from lora_kernels.testing import check_rope, moved, rope_inputs
 
@@ -135,5 +147,6 @@ _CHECKS: dict[str, Callable[[str], None]] = {
     "linear_cross_entropy": _linear_cross_entropy,
     "lora_linear": _lora_linear,
     "quant_linear": _quant_linear,
+    "rms_norm": _rms_norm,
     "rope": _rope,
 }

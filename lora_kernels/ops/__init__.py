@@ -10,6 +10,7 @@ from lora_kernels.ops.gated_activation import gated_activation
 from lora_kernels.ops.linear_cross_entropy import linear_cross_entropy
 from lora_kernels.ops.lora_linear import grouped_lora_linear, lora_linear
 from lora_kernels.ops.quant_linear import dequantize, quant_linear, quant_lora_linear, quantize
+from lora_kernels.ops.rms_norm import rms_norm
 from lora_kernels.ops.rope import rope
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "quant_linear",
     "quant_lora_linear",
     "quantize",
+    "rms_norm",
     "rope",
 ]
 

@@ -10,6 +10,7 @@ from lora_kernels.ops.gated_activation import problem as gated_activation
 from lora_kernels.ops.linear_cross_entropy import problem as linear_cross_entropy
 from lora_kernels.ops.lora_linear import problem as lora_linear
 from lora_kernels.ops.quant_linear import problem as quant_linear
+from lora_kernels.ops.rms_norm import problem as rms_norm
 from lora_kernels.ops.rope import problem as rope
 
 OPS: tuple[OpSpec, ...] = (
@@ -89,6 +90,17 @@ OPS: tuple[OpSpec, ...] = (
         flops=dora_linear.flops,
         min_bytes=dora_linear.min_bytes,
         deterministic="bitwise from run to run, at a fixed number of threads",
+    ),
+    OpSpec(
+        name="rms_norm",
+        backends=rms_norm.BACKENDS,
+        schemas=("lora_kernels::rms_norm_fwd", "lora_kernels::rms_norm_bwd"),
+        problem=rms_norm.RmsNormProblem.from_shapes,
+        supports=rms_norm.supports,
+        choose=rms_norm.choose,
+        flops=rms_norm.flops,
+        min_bytes=rms_norm.min_bytes,
+        deterministic="bitwise from run to run",
     ),
     OpSpec(
         name="rope",
