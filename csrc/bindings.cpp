@@ -8,6 +8,7 @@
 #include "linear_cross_entropy/linear_cross_entropy_host.h"
 #include "lora_linear/lora_linear_host.h"
 #include "quant_linear/quant_linear_host.h"
+#include "rope/rope_host.h"
 
 namespace py = pybind11;
 using namespace lora_kernels;
@@ -46,4 +47,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("quant_linear_quantize_rows", &quant_linear::quantize_rows, release());
   m.def("quant_linear_fwd", &quant_linear::quant_linear_fwd, release());
   m.def("quant_linear_bwd", &quant_linear::quant_linear_bwd, release());
+  m.def("rope_rotate", &rope::rope_rotate, release());
 }

@@ -99,3 +99,12 @@ def quant_linear_bwd(
     need_da: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
+def rope_rotate(
+    heads: list[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None,
+    interleaved: bool,
+    inverse: bool,
+    in_place: bool,
+) -> list[Tensor]: ...
