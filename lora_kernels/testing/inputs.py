@@ -95,7 +95,7 @@ def lora_linear_inputs(
     Args:
         M: rows, or the leading shape of x, e.g. ``(2, 3)``.
         N: out_features; a sequence makes a group whose members share x.
-        rank: one rank or one per member; likewise `scaling`.
+        rank: one rank or one per member (0: a member without an adapter); likewise `scaling`.
         dtype: of x, W, bias and dY. `adapter_dtype` of A and B, the same when None.
         layout: one of :data:`LAYOUTS`, for every tensor.
         device: where the values are drawn; each kind of device has its own generator.
@@ -116,7 +116,7 @@ def lora_linear_inputs(
         weights=[normal((n, K), K**-0.5, dtype) for n in ns],
         lora_as=[normal((r, K), K**-0.5, adapter_dtype) for r in ranks],
         lora_bs=[
-            normal((n, r), r**-0.5 / (abs(s) or 1.0), adapter_dtype)
+            normal((n, r), max(r, 1) ** -0.5 / (abs(s) or 1.0), adapter_dtype)
             for n, r, s in zip(ns, ranks, scalings, strict=True)
         ],
         biases=[normal((n,), 1.0, dtype) if bias else None for n in ns],

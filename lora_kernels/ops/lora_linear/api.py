@@ -66,8 +66,8 @@ def lora_linear(
 def grouped_lora_linear(
     x: Tensor,
     weights: Sequence[Tensor],
-    lora_as: Sequence[Tensor],
-    lora_bs: Sequence[Tensor],
+    lora_as: Sequence[Tensor | None],
+    lora_bs: Sequence[Tensor | None],
     scalings: Sequence[float],
     *,
     biases: Sequence[Tensor | None] | None = None,
@@ -80,6 +80,8 @@ def grouped_lora_linear(
 
     Args and errors as :func:`lora_linear`, one list entry per member; out_features and r may
     differ between members. Each member drops its own elements of x, as separate layers would.
+    A member without an adapter has None in lora_as and lora_bs (or a rank of 0); one at least has
+    an adapter. The kernels of triton and cuda want one for every member.
     `shrunk` is ``[..., sum of ranks]``, the members' products side by side.
 
     Returns:
@@ -90,6 +92,7 @@ def grouped_lora_linear(
     validate.check_lengths(
         weights=weights, lora_as=lora_as, lora_bs=lora_bs, scalings=scalings, biases=biases
     )
+    lora_as, lora_bs = validate.with_empty_adapters(weights, lora_as, lora_bs)
     for scaling in scalings:
         validate.check_scaling(scaling)
     autocast = (

@@ -42,6 +42,8 @@ def _shrink(x: Tensor, lora_as: list[Tensor], dropout_p: float, seed: Tensor | N
     s = x.new_empty(x.shape[0], sum(a.shape[0] for a in lora_as))
     column = 0
     for g, a in enumerate(lora_as):
+        if a.shape[0] == 0:  # no adapter
+            continue
         part = s[:, column : column + a.shape[0]]
         dropped = drop(x, seed, dropout_p, g)
         scaled_product(dropped, a.to(x.dtype).t(), keep_scale(dropout_p), part)
@@ -66,7 +68,8 @@ def lora_linear_fwd(
     for w, b, bias, scaling in zip(weights, lora_bs, biases, scalings, strict=True):
         y = F.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
         part = s if len(weights) == 1 else s[:, column : column + b.shape[1]]
-        y.addmm_(part, b.to(x.dtype).t(), alpha=scaling)
+        if b.shape[1]:
+            y.addmm_(part, b.to(x.dtype).t(), alpha=scaling)
         column += b.shape[1]
         ys.append(y)
     return ys, s
@@ -116,9 +119,11 @@ def lora_linear_bwd(
     for g, a in enumerate(lora_as):
         if need_dx or need_da:
             part = ds[:, column : column + ranks[g]]
-        if need_dx:
+        if need_dx and ranks[g]:
             add_dropped(dx, part, a.to(x.dtype), dropout_p, seed, g)
-        if need_da:
+        if need_da and ranks[g] == 0:
+            das.append(torch.empty_like(a))
+        elif need_da:
             das.append(mm_accumulate(part, drop(x, seed, dropout_p, g), a.dtype, 1.0))
         column += ranks[g]
     return dx, das, dbs

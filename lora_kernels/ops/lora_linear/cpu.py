@@ -28,6 +28,9 @@ def supports(problem: LoraLinearProblem) -> tuple[bool, str]:
         return False, f"a group of {len(problem.N)} is too large; at most {_MAX_GROUP}"
     if problem.given and not hasattr(module, "lora_linear_given"):
         return False, "lora_kernels._C predates a given S or dS; rebuild it"
+    dropping = problem.dropout_p > 0.0
+    if dropping and 0 in problem.rank and not hasattr(module, "lora_linear_rank_zero"):
+        return False, "lora_kernels._C predates members without an adapter; rebuild it"
     return True, f"{module.lora_linear_engine(problem.dtype)} kernels"
 
 

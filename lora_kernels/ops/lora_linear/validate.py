@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,20 @@ def check_lengths(**lists: Sequence[object]) -> None:
         _fail(f"the lists must have one entry per group member, at least one; got {given}")
 
 
+def with_empty_adapters(
+    weights: Sequence[Tensor], lora_as: Sequence[Tensor | None], lora_bs: Sequence[Tensor | None]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """A [0, K] and B [N, 0] in place of a group member's None, in the dtypes of the others."""
+    made: list[list[Any]] = [list(lora_as), list(lora_bs)]
+    for g, w in enumerate(weights):
+        absent = lora_as[g] is None and lora_bs[g] is None
+        if absent and len(weights) > 1 and isinstance(w, Tensor) and w.dim() == 2:
+            for ts, shape in zip(made, ((0, w.shape[1]), (w.shape[0], 0)), strict=True):
+                dtype = next((t.dtype for t in ts if isinstance(t, Tensor)), w.dtype)
+                ts[g] = w.new_empty(shape, dtype=dtype)
+    return made[0], made[1]
+
+
 def check_tensors(
     x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor], biases: Sequence[Tensor | None], autocast: bool,
@@ -60,6 +75,7 @@ def check_tensors(
     if x.dim() == 0:
         _fail("x is a scalar; accepted: [..., in_features]")
     k = x.shape[-1]
+    least = 1 if len(weights) == 1 else 0
     for g, (w, a, b, bias) in enumerate(zip(weights, lora_as, lora_bs, biases, strict=True)):
         tag = "" if len(weights) == 1 else f"[{g}]"
         if w.dtype != x.dtype and not autocast:
@@ -72,8 +88,11 @@ def check_tensors(
                 f"weight{tag} has shape {_shape(w)}; accepted: [out_features, {k}] "
                 f"for x {_shape(x)}"
             )
-        if a.dim() != 2 or a.shape[1] != k or a.shape[0] < 1:
-            _fail(f"lora_a{tag} has shape {_shape(a)}; accepted: [r >= 1, {k}] for x {_shape(x)}")
+        if a.dim() != 2 or a.shape[1] != k or a.shape[0] < least:
+            _fail(
+                f"lora_a{tag} has shape {_shape(a)}; accepted: [r >= {least}, {k}] "
+                f"for x {_shape(x)}"
+            )
         if b.dim() != 2 or b.shape[0] != w.shape[0] or b.shape[1] != a.shape[0]:
             _fail(
                 f"lora_b{tag} has shape {_shape(b)}; accepted: [{w.shape[0]}, {a.shape[0]}] "
@@ -81,6 +100,8 @@ def check_tensors(
             )
         if bias is not None and (bias.dim() != 1 or bias.shape[0] != w.shape[0]):
             _fail(f"bias{tag} has shape {_shape(bias)}; accepted: [{w.shape[0]}]")
+    if not any(a.shape[0] for a in lora_as):
+        _fail("no member has an adapter; accepted: r >= 1 in one of them at least")
 
 
 def check_given(
