@@ -8,6 +8,7 @@
 #include "linear_cross_entropy/linear_cross_entropy_host.h"
 #include "lora_linear/lora_linear_host.h"
 #include "quant_linear/quant_linear_host.h"
+#include "rms_norm/rms_norm_host.h"
 #include "rope/rope_host.h"
 
 namespace py = pybind11;
@@ -47,5 +48,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("quant_linear_quantize_rows", &quant_linear::quantize_rows, release());
   m.def("quant_linear_fwd", &quant_linear::quant_linear_fwd, release());
   m.def("quant_linear_bwd", &quant_linear::quant_linear_bwd, release());
+  m.def("rms_norm_fwd", &rms_norm::rms_norm_fwd, release());
+  m.def("rms_norm_bwd", &rms_norm::rms_norm_bwd, release());
   m.def("rope_rotate", &rope::rope_rotate, release());
 }

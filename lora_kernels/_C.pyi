@@ -99,6 +99,17 @@ def quant_linear_bwd(
     need_da: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
+def rms_norm_fwd(
+    x: Tensor, weight: Tensor | None, lora_as: list[Tensor], eps: float, offset: float
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def rms_norm_bwd(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    offset: float,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor]: ...
 def rope_rotate(
     heads: list[Tensor],
     cos: Tensor,
