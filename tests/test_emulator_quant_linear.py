@@ -22,9 +22,12 @@ from lora_kernels.ops.quant_linear import QuantTensor, cuda, formats, problem, r
 from lora_kernels.testing import (
     BudgetExceededError,
     check_quant_linear,
+    compare,
+    lora_linear_results,
     poisoned_empty,
     quant_linear_inputs,
     quant_linear_op,
+    yardstick,
 )
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -170,6 +173,18 @@ def test_identity_gives_the_weight(name, rows):
         assert torch.equal(got, w.t()[first : first + rows])
 
 
+@pytest.mark.parametrize("rows", [16, 32], ids=["few rows", "more rows"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_identity_gives_the_rows_of_the_weight(name, rows):
+    """dX of unit rows: whatever code, statistic or row is misplaced in the transposed product."""
+    q = weight(75, 32 * 9, name, 32)
+    w = reference.dequantize(q.parts, q.spec, BF16)
+    for first in range(0, 75, rows):
+        dy = torch.eye(75, dtype=BF16)[first : first + rows]
+        with poisoned_empty():
+            assert torch.equal(_dx(dy, q, None, None), w[first : first + rows])
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("name", CHECKED)
 def test_products(name, dtype, emulator):
@@ -237,6 +252,47 @@ def _rows_alone(q: QuantTensor, x: Tensor, a: Tensor, b: Tensor, rows: int) -> l
     return [torch.cat(t) for t in zip(*parts, strict=True)]
 
 
+def _dx(dy: Tensor, q: QuantTensor, a: Tensor | None, b: Tensor | None) -> Tensor:
+    x = None if a is None else dy.new_zeros(len(dy), q.spec.columns)
+    s = dy.new_zeros(len(dy), 0 if a is None else len(a))
+    needs = (True, False, False)
+    return cuda.quant_linear_bwd(dy, x, q.parts, q.spec, a, b, s, 0.5, 0.0, None, *needs)[0]
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8", "int4", "int4_awq"])
+@pytest.mark.parametrize(("most", "rows"), [(16, (1, 3, 9, 16)), (128, (17, 34, 64, 128))])
+def test_rows_of_dx_do_not_depend_on_each_other(name, most, rows):
+    """The sum over N is split between blocks here."""
+    torch.manual_seed(0)
+    q = weight(1050, 96, name, 32)
+    dy = torch.randn(most, 1050).to(BF16)
+    a, b = torch.randn(6, 96).to(BF16), torch.randn(1050, 6).to(BF16)
+    whole = _dx(dy, q, a, b)
+    for some in rows:
+        count = most // some * some
+        got = torch.cat([_dx(part, q, a, b) for part in dy[:count].split(some)])
+        assert torch.equal(got, whole[:count]), some
+
+
+def test_two_launches_with_an_adapter(emulator):
+    """Blocks that ran: shares of the product and of U in one launch, 64 columns each in the other.
+    fp32, strided and odd adapters are read as they are."""
+    q = weight(200, 1056, "nf4", 32)
+    x, dy = torch.randn(3, 1056).to(BF16), torch.randn(3, 200).to(BF16)
+    for a, b in [
+        (torch.randn(20, 1056), torch.randn(200, 20)),
+        (torch.randn(1056, 5).t(), torch.randn(200, 10)[:, ::2]),
+    ]:
+        ranks = -(-len(a) // 16)
+        before = emulator.lk_blocks_run()
+        cuda.quant_linear_fwd(x, q.parts, q.spec, None, a, b, 0.5, 0.0, None)
+        after = emulator.lk_blocks_run()
+        shares = min(8 // (4 + ranks), 9 // 4) or 1
+        assert after - before == shares * (4 + ranks) + 4
+        _dx(dy, q, a, b)
+        assert emulator.lk_blocks_run() - after == (5 + ranks) * 1 + 17
+
+
 @pytest.mark.parametrize("name", ["nf4", "int8", "int4_awq"])
 @pytest.mark.parametrize(("most", "rows"), [(16, (1, 3, 9, 16)), (128, (17, 34, 64, 128))])
 def test_rows_do_not_depend_on_each_other(name, most, rows):
@@ -279,6 +335,41 @@ def test_copies_stay_inside_their_tensors(name, rows, emulator):
     finally:
         emulator.lk_clear_memory()
     assert got.shape == want.shape and bool(got.isfinite().all())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_copies_for_dx_stay_inside_their_tensors(name, emulator):
+    q = weight(72, 160, name, 32)
+    dy, a = torch.randn(20, 72).to(BF16), torch.randn(8, 160).to(BF16)
+    b = torch.randn(72, 8).to(BF16)
+    for t in (dy, b, *q.parts):
+        emulator.lk_register_memory(t.data_ptr(), t.nbytes)
+    try:
+        got = _dx(dy, q, a, b)
+        with pytest.raises(RuntimeError, match="skinny_dgrad: error"):
+            _dx(dy.clone(), q, None, None)
+    finally:
+        emulator.lk_clear_memory()
+    assert bool(got.isfinite().all())
+
+
+@pytest.mark.parametrize("rows", [5, 40])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_planted_in_dx_are_found(fault, rows, emulator):
+    inputs = quant_linear_inputs(rows, 96, 1060, 8, BF16, dropout_p=0.25)
+
+    def check_dx() -> None:
+        dx = quant_linear_op(inputs, "cuda", "x").dx
+        emulator.lk_options(0, 0, LARGE)  # the forward has a test of its own
+        got = replace(quant_linear_op(inputs, "cuda", ""), dx=dx)
+        oracle = lora_linear_results(inputs.dense, torch.float64, needs="x")
+        compare(got, oracle, yardstick(inputs.dense, oracle, "x"), "dx: ")
+
+    check_dx()
+    for seed in SEEDS:
+        emulator.lk_options(seed, FAULTS[fault], LARGE)
+        with pytest.raises(BudgetExceededError):
+            check_dx()
 
 
 @pytest.mark.parametrize("rows", [5, 40])

@@ -1,4 +1,6 @@
 // What the launchers accept, and the launcher that picks an element type. Host code only.
+#include <initializer_list>
+
 #include "skinny_gemm_split.h"
 
 namespace lora_kernels::quant_linear::cuda {
@@ -83,7 +85,17 @@ const char* check(const QuantizeRowsParams& p) {
   return p.w == nullptr || p.packed == nullptr || p.scale == nullptr ? kNull : nullptr;
 }
 
-const char* check(const SkinnyGemmParams& p) {
+const char* check_low_rank(const SkinnyParams& p) {
+  if (p.rank < 0 || p.rank > kMaxSkinnyRank) return "the rank is not in 0..256";
+  if (p.rank == 0) return nullptr;
+  for (const Factor* f : {&p.left, &p.right}) {
+    if (f->data == nullptr) return kNull;
+    if (f->row < 0 || f->column < 0) return "a stride of A or B is negative";
+  }
+  return nullptr;
+}
+
+const char* check(const SkinnyParams& p) {
   if (p.dtype != Dtype::kBFloat16 && p.dtype != Dtype::kFloat16) {
     return "dtype is not supported; bfloat16 and float16 are";
   }
@@ -95,35 +107,24 @@ const char* check(const SkinnyGemmParams& p) {
   }
   if (p.w.g_idx != nullptr) return "groups in another order than that of k are not supported";
   if (!aligned(p.w.packed, 16)) return "the packed weight is not aligned to 16 bytes";
+  if (const char* why = check_low_rank(p)) return why;
   if (p.m == 0) return nullptr;
-  if (p.x == nullptr || p.y == nullptr) return kNull;
-  if (!aligned(p.x, 16) || !multiple(p.ldx, 8)) return "the rows of x are not aligned to 16 bytes";
-  if (p.ldx < p.w.k || p.ldy < p.w.n) return kStride;
-  if (p.padded_rank < 0 || !multiple(p.padded_rank, 8)) {
-    return "the padded rank is no multiple of 8";
-  }
-  if (p.padded_rank > 0) {
-    if (p.b == nullptr || p.scaled_s == nullptr) return kNull;
-    if (p.ldb < p.padded_rank || p.ld_scaled < p.padded_rank) return kStride;
-    if (!aligned(p.b, 4) || !aligned(p.scaled_s, 4) || !multiple(p.ldb, 2) ||
-        !multiple(p.ld_scaled, 2)) {
-      return "the rows of B or S are not aligned to 4 bytes";
-    }
-  }
-  if (p.workspace == nullptr && skinny_gemm_workspace(p) > 0) return kNull;
+  if (p.z == nullptr || p.c == nullptr) return kNull;
+  if (!aligned(p.z, 16) || !multiple(p.ldz, 8)) return "the rows of x are not aligned to 16 bytes";
+  if (p.ldz < skinny_q(p)) return kStride;
+  if (p.workspace == nullptr && skinny_workspace(p) > 0) return kNull;
   return nullptr;
 }
 
-size_t skinny_gemm_workspace(const SkinnyGemmParams& p) {
+size_t skinny_workspace(const SkinnyParams& p) {
   const int parts = skinny_split(p).parts;
-  return parts == 1 ? 0 : sizeof(float) * parts * p.m * p.w.n;
+  return parts == 1 && p.rank == 0 ? 0 : sizeof(float) * parts * p.m * (skinny_p(p) + p.rank);
 }
 
-cudaError_t launch_skinny_gemm(const SkinnyGemmParams& p, cudaStream_t stream) {
+cudaError_t launch_skinny(const SkinnyParams& p, cudaStream_t stream) {
   if (check(p) != nullptr) return cudaErrorInvalidValue;
   if (p.m == 0) return cudaSuccess;
-  return p.dtype == Dtype::kBFloat16 ? run_skinny_gemm_bf16(p, stream)
-                                     : run_skinny_gemm_fp16(p, stream);
+  return p.dtype == Dtype::kBFloat16 ? run_skinny_bf16(p, stream) : run_skinny_fp16(p, stream);
 }
 
 }  // namespace lora_kernels::quant_linear::cuda

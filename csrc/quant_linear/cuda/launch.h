@@ -22,14 +22,15 @@ const char* check(const DequantizeParams&);
 const char* check(const QuantizeFlatParams&);
 const char* check(const QuantizeNestedParams&);
 const char* check(const QuantizeRowsParams&);
-const char* check(const SkinnyGemmParams&);
+const char* check(const SkinnyParams&);
 
-size_t skinny_gemm_workspace(const SkinnyGemmParams&);  // bytes; `workspace` itself is not read
+size_t skinny_workspace(const SkinnyParams&);  // bytes; `workspace` itself is not read
 
 cudaError_t launch_dequantize(const DequantizeParams&, cudaStream_t);   // 1 launch
 cudaError_t launch_quantize_flat(const QuantizeFlatParams&, cudaStream_t);
 cudaError_t launch_quantize_nested(const QuantizeNestedParams&, cudaStream_t);
 cudaError_t launch_quantize_rows(const QuantizeRowsParams&, cudaStream_t);
-cudaError_t launch_skinny_gemm(const SkinnyGemmParams&, cudaStream_t);  // 1, or 2 when K is split
+// 1, or 2 where the sum is shared out or there is a low-rank term
+cudaError_t launch_skinny(const SkinnyParams&, cudaStream_t);
 
 }  // namespace lora_kernels::quant_linear::cuda

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "../../common/dtype.h"
+#include "../../lora_linear/cuda/params.h"
 
 namespace lora_kernels::quant_linear::cuda {
 
@@ -85,27 +86,38 @@ struct QuantizeRowsParams {
   float* scale;  // [N]
 };
 
-// ---- launch_skinny_gemm: Y = X W^T + scaled_s B^T + bias for few rows -------------------------
+// ---- launch_skinny: products of few rows with a packed weight, and a low-rank term ------------
+//   forward   C = X W^T + scale U B^T + bias       U = u_scale drop(X) A^T
+//   dgrad     C = dY W  + drop(scale U A)          U = u_scale dY B
+// Both are C [M, P] from Z [M, Q], left [rank, Q] and right [rank, P]: A and B^T, or B^T and A.
 constexpr int64_t kMaxSkinnyRows = 128;
+constexpr int64_t kMaxSkinnyRank = 256;
 
-struct SkinnyGemmParams {
+// A small matrix of any dtype and strides (elements); rounded to T as it is read.
+struct Factor {
+  const void* data;
+  Dtype dtype;
+  int64_t row, column;
+};
+
+struct SkinnyParams {
   Dtype dtype;    // T: bfloat16 or float16
-  const void* x;  // [M, K] of T, 16-byte aligned rows
-  int64_t ldx;
+  bool dgrad;     // P = in_features, Q = out_features; else the other way round
+  const void* z;  // [M, Q] of T, 16-byte aligned rows, zeros up to the next multiple of 8 columns
+  int64_t ldz;
   int64_t m;
   QuantWeight w;
-  const void* scaled_s;  // [M, padded rank] of T, zeros in the padding; null: no adapter
-  int64_t ld_scaled;
-  const void* b;  // [N, padded rank] of T, rows aligned to 4 bytes; finite in the padding
-  int64_t ldb;
-  int64_t padded_rank;  // multiple of 8
-  const void* bias;     // [N] or null
-  Dtype bias_dtype;     // any of the three
-  void* y;              // [M, N] of T
-  int64_t ldy;
-  int sm_count;     // multiprocessors of the device; decides the split, hence the bits of Y
-  int splits;       // over K; 0: chosen from N, K and sm_count, never from M
-  void* workspace;  // skinny_gemm_workspace(p) bytes, 16-byte aligned; may be null when that is 0
+  int64_t rank;        // 0: no low-rank term
+  Factor left, right;  // [rank, Q], [rank, P]
+  float u_scale, scale;
+  lora_linear::cuda::Dropout dropout;  // of Z before `left`; dgrad: of the term's columns
+  void* u;                             // [M, rank] of T; null: not wanted
+  const void* bias;                    // [P] or null
+  Dtype bias_dtype;                    // any of the three
+  void* c;                             // [M, P] of T, contiguous
+  int sm_count;     // multiprocessors of the device; decides the split, hence the bits of C
+  int splits;       // over Q; 0: chosen from P, Q, rank and sm_count, never from M
+  void* workspace;  // skinny_workspace(p) bytes, 16-byte aligned; may be null when that is 0
 };
 
 }  // namespace lora_kernels::quant_linear::cuda

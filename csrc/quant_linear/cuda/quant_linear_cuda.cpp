@@ -2,9 +2,11 @@
 // lora_kernels_cuda. Shapes, dtypes and formats are those of lora_kernels/ops/quant_linear/cuda.py,
 // which has checked them; here only what a wrong caller could crash on is checked again.
 //
-// quant_dequantize: one launch. quant_linear_fwd: [pad]  shrink  skinny GEMM; where that does not
-// apply, cuda.py dequantizes and calls lora_linear's entry. Everything runs on the current stream,
-// allocates through torch and never waits for the device, so a call can be captured into a graph.
+// quant_dequantize: one launch. quant_linear_fwd and quant_linear_dgrad: the product, and finish
+// where its sum is shared out or there is an adapter; before them a copy of rows of x that are not
+// 16-byte aligned. Where they do not apply, cuda.py dequantizes and calls lora_linear's entry.
+// Everything runs on the current stream, allocates through torch and never waits for the device, so
+// a call can be captured into a graph.
 #include <tuple>
 
 #include "../../common/stable_torch.h"
@@ -218,101 +220,107 @@ std::tuple<Tensor, Tensor> quantize_rows(Tensor w) {
   return {packed, scale};
 }
 
-// Shares of K of the shrink kernel that do not depend on the number of rows.
-int shrink_splits(int64_t k, int64_t padded_rank, int sm_count) {
-  return lora::choose_split(ceil_div(k, 128), ceil_div(padded_rank, 64), sm_count, 4, 0).parts;
-}
+// What both directions need of the operands, and the buffers that live as long as the launches.
+class Skinny {
+ public:
+  Skinny(const Tensor& z_in, const std::vector<Tensor>& parts, const Spec& spec, bool dgrad)
+      : place_(z_in), z_(as_matrix(z_in, dgrad ? "dy" : "x")), pads_(z_.tensor, dtype_of(z_in, "x")) {
+    require(!parts.empty() && parts[0].get_device_index() == z_in.get_device_index(),
+            "the weight is on another device than x");
+    p.dtype = dtype_of(z_in, "x");
+    p.dgrad = dgrad;
+    p.m = z_.rows;
+    p.w = make_weight(spec, parts, true);
+    p.sm_count = place_.sm_count;
+    require(z_.columns == (dgrad ? spec.n : spec.k),
+            "x has another number of columns than the weight");
+    const lora::Operand aligned = pads_.add(z_, 0, z_.columns, true);
+    p.z = aligned.data;
+    p.ldz = aligned.ld;
+  }
 
-std::tuple<Tensor, Tensor> forward(Tensor x_in, std::vector<Tensor> parts, std::string layout,
+  // C += scale mask(U) right with U = u_scale mask(Z) left^T; see params.h for A and B.
+  void add_low_rank(const Tensor& a, const Tensor& b, double u_scale, double scale,
+                    int64_t threshold, const std::optional<Tensor>& seed) {
+    require(a.dim() == 2 && b.dim() == 2 && a.size(1) == p.w.k && b.size(0) == p.w.n &&
+                b.size(1) == a.size(0),
+            "the shapes of x, weight, lora_a and lora_b do not fit");
+    for (const Tensor* t : {&a, &b}) {
+      require(on_device(*t) && t->get_device_index() == z_.tensor.get_device_index(),
+              "an operand is on another device than x");
+    }
+    const Factor of_a{a.const_data_ptr(), dtype_of(a, "lora_a"), a.stride(0), a.stride(1)};
+    const Factor of_b{b.const_data_ptr(), dtype_of(b, "lora_b"), b.stride(1), b.stride(0)};
+    p.rank = a.size(0);
+    p.left = p.dgrad ? of_b : of_a;
+    p.right = p.dgrad ? of_a : of_b;
+    p.u_scale = static_cast<float>(u_scale);
+    p.scale = static_cast<float>(scale);
+    p.dropout = lora::make_dropout(threshold, seed);
+  }
+
+  Tensor u() {
+    Tensor made = stable::empty(z_.tensor, {z_.rows, p.rank});
+    p.u = made.mutable_data_ptr();
+    return made;
+  }
+
+  void add_bias(const Tensor& bias) {
+    require(bias.numel() == p.w.n && on_device(bias) &&
+                bias.get_device_index() == z_.tensor.get_device_index(),
+            "the bias has another length or device than the weight");
+    bias_ = torch::stable::contiguous(bias);
+    p.bias = bias_->const_data_ptr();
+    p.bias_dtype = dtype_of(*bias_, "bias");
+  }
+
+  Tensor run() {
+    Tensor c = stable::empty(z_.tensor, {z_.rows, p.dgrad ? p.w.k : p.w.n});
+    p.c = c.mutable_data_ptr();
+    // Shapes are right by now, so the size is; check() has the rest.
+    Tensor space = stable::workspace(z_.tensor, skinny_workspace(p));
+    p.workspace = space.mutable_data_ptr();
+    require(check(p));
+    pads_.launch(place_.stream);
+    check_launch(launch_skinny(p, place_.stream), p.dgrad ? "skinny_dgrad" : "skinny_gemm");
+    return c;
+  }
+
+  SkinnyParams p{};
+
+ private:
+  const Place place_;
+  Matrix z_;
+  lora::Pads pads_;
+  std::optional<Tensor> bias_;
+};
+
+std::tuple<Tensor, Tensor> forward(Tensor x, std::vector<Tensor> parts, std::string layout,
                                    int64_t n, int64_t k, int64_t block_size, int64_t nested_block,
                                    double factor, std::optional<Tensor> bias,
                                    std::optional<Tensor> lora_a, std::optional<Tensor> lora_b,
                                    double scaling, double keep_scale, int64_t threshold,
                                    std::optional<Tensor> seed) {
-  const Place place(x_in);
-  const Matrix x = as_matrix(x_in, "x");
-  const Dtype dtype = dtype_of(x_in, "x");
-  require(x.columns == k, "x has another number of columns than the weight");
-  require(!parts.empty() && parts[0].get_device_index() == x_in.get_device_index(),
-          "the weight is on another device than x");
   require(lora_a.has_value() == lora_b.has_value(), "one of lora_a and lora_b is missing");
-
-  SkinnyGemmParams p{};
-  p.dtype = dtype;
-  p.m = x.rows;
-  p.w = make_weight({layout, n, k, block_size, nested_block, factor}, parts, true);
-  p.sm_count = place.sm_count;
-
-  lora::Pads pads(x.tensor, dtype);
-  const lora::Operand aligned_x = pads.add(x, 0, k);
-  p.x = aligned_x.data;
-  p.ldx = aligned_x.ld;
-  int64_t rank = 0;
-  lora::Operand a{}, b{};
-  std::optional<Matrix> held_a, held_b;
+  Skinny call(x, parts, {layout, n, k, block_size, nested_block, factor}, false);
   if (lora_a.has_value()) {
-    held_a = as_matrix(*lora_a, "lora_a");
-    held_b = as_matrix(*lora_b, "lora_b");
-    rank = held_a->rows;
-    require(held_a->columns == k && held_b->rows == n && held_b->columns == rank,
-            "the shapes of x, weight, lora_a and lora_b do not fit");
-    for (const Matrix* m : {&*held_a, &*held_b}) {
-      require(on_device(m->tensor) && m->tensor.get_device_index() == x_in.get_device_index(),
-              "an operand is on another device than x");
-    }
-    a = pads.add(*held_a, 0, k);
-    b = pads.add(*held_b, 0, rank, true);
+    call.add_low_rank(*lora_a, *lora_b, keep_scale, scaling, threshold, seed);
   }
-  pads.launch(place.stream);
+  Tensor s = call.u();
+  if (bias.has_value()) call.add_bias(*bias);
+  return {call.run(), s};
+}
 
-  Tensor s = stable::empty(x.tensor, {x.rows, rank});
-  std::optional<Tensor> scaled_s;
-  if (rank > 0) {
-    const int64_t padded = lora::padded_rank(rank);
-    scaled_s = stable::empty(x.tensor, {x.rows, padded});
-    lora::ShrinkParams shrink{};
-    shrink.dtype = dtype;
-    shrink.x = p.x;
-    shrink.ldx = p.ldx;
-    shrink.m = x.rows;
-    shrink.k = k;
-    shrink.members = 1;
-    shrink.member[0] = {a.data, a.ld, rank, 0, 0, static_cast<float>(scaling)};
-    shrink.s = s.mutable_data_ptr();
-    shrink.lds = rank;
-    shrink.scaled_s = scaled_s->mutable_data_ptr();
-    shrink.ld_scaled = padded;
-    shrink.keep_scale = static_cast<float>(keep_scale);
-    shrink.dropout = lora::make_dropout(threshold, seed);
-    shrink.sm_count = place.sm_count;
-    shrink.splits = shrink_splits(k, padded, place.sm_count);
-    Tensor space = stable::workspace(x.tensor, lora::shrink_workspace(shrink));
-    shrink.workspace = space.mutable_data_ptr();
-    require(lora::check(shrink));
-    check_launch(lora::launch_shrink(shrink, place.stream), "shrink");
-    p.scaled_s = shrink.scaled_s;
-    p.ld_scaled = padded;
-    p.b = b.data;
-    p.ldb = b.ld;
-    p.padded_rank = padded;
+Tensor dgrad(Tensor dy, std::vector<Tensor> parts, std::string layout, int64_t n, int64_t k,
+             int64_t block_size, int64_t nested_block, double factor, std::optional<Tensor> lora_a,
+             std::optional<Tensor> lora_b, double scaling, double keep_scale, int64_t threshold,
+             std::optional<Tensor> seed) {
+  require(lora_a.has_value() == lora_b.has_value(), "one of lora_a and lora_b is missing");
+  Skinny call(dy, parts, {layout, n, k, block_size, nested_block, factor}, true);
+  if (lora_a.has_value()) {
+    call.add_low_rank(*lora_a, *lora_b, scaling * keep_scale, 1.0, threshold, seed);
   }
-  std::optional<Tensor> held_bias;
-  if (bias.has_value()) {
-    require(bias->numel() == n && on_device(*bias) &&
-                bias->get_device_index() == x_in.get_device_index(),
-            "the bias has another length or device than the weight");
-    held_bias = torch::stable::contiguous(*bias);
-    p.bias = held_bias->const_data_ptr();
-    p.bias_dtype = dtype_of(*held_bias, "bias");
-  }
-  Tensor y = stable::empty(x.tensor, {x.rows, n});
-  p.y = y.mutable_data_ptr();
-  p.ldy = n;
-  Tensor space = stable::workspace(x.tensor, skinny_gemm_workspace(p));
-  p.workspace = space.mutable_data_ptr();
-  require(check(p));
-  check_launch(launch_skinny_gemm(p, place.stream), "skinny_gemm");
-  return {y, s};
+  return call.run();
 }
 
 }  // namespace
@@ -340,6 +348,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(LK_LIBRARY, m) {
       "quant_linear_fwd(Tensor x, Tensor[] parts, str layout, int n, int k, int block_size, "
       "int nested_block, float factor, Tensor? bias, Tensor? lora_a, Tensor? lora_b, "
       "float scaling, float keep_scale, int threshold, Tensor? seed) -> (Tensor y, Tensor s)");
+  m.def(
+      "quant_linear_dgrad(Tensor dy, Tensor[] parts, str layout, int n, int k, int block_size, "
+      "int nested_block, float factor, Tensor? lora_a, Tensor? lora_b, float scaling, "
+      "float keep_scale, int threshold, Tensor? seed) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(LK_LIBRARY, LK_KEY, m) {
@@ -348,6 +360,7 @@ STABLE_TORCH_LIBRARY_IMPL(LK_LIBRARY, LK_KEY, m) {
   m.impl("quant_quantize_nested", TORCH_BOX(&quantize_nested));
   m.impl("quant_quantize_rows", TORCH_BOX(&quantize_rows));
   m.impl("quant_linear_fwd", TORCH_BOX(&forward));
+  m.impl("quant_linear_dgrad", TORCH_BOX(&dgrad));
 }
 
 }  // namespace lora_kernels::quant_linear::cuda

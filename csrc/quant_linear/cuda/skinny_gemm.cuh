@@ -1,45 +1,36 @@
-// Y = X W^T + scaled_s B^T + bias for 1 to 128 rows of X, W read packed and once per 64 rows.
+// Y = X W^T + scale U B^T + bias for 1 to 128 rows of X, W read packed and once per 64 rows.
 //
-// Math      y[m, n] = sum_k x[m, k] w[n, k] + sum_r scaled_s[m, r] b[n, r] + bias[n]
+// Math      y[m, n] = sum_k x[m, k] w[n, k] + scale sum_r u[m, r] b[n, r] + bias[n]
 //           The product is formed as Y^T = W X^T: W is the operand of 16 rows, so a tensor core is
 //           busy from the first row of X on, and each code is decoded once for up to 64 rows.
 //           W is decoded in registers (packed_tile.cuh), rounded to T as dequantize rounds it.
-// Shapes    X [M, K] row stride ldx; W as it is packed; scaled_s [M, padded rank], B [N, padded
-//           rank]; Y [M, N] row stride ldy.
-// Grid      x: WARPS x NT tiles of 16 columns of Y, y: 8 MT rows of X, z: share of K in steps of
-//           128. A warp owns 16 NT columns and all rows of its block; warps share the tile of X.
+//           U and its term: skinny_low_rank.cuh, in the same two launches.
+// Shapes    X [M, K] row stride ldz; W as it is packed; Y [M, N] contiguous.
+// Grid      x: WARPS x NT tiles of 16 columns of Y, behind them 16 ranks of U each; y: 8 MT rows of
+//           X, z: share of K in steps of 128. A warp owns 16 NT columns and all rows of its block;
+//           warps share the tile of X.
 //           Up to 16 rows: MT 2, NT 1, 64 columns. More: MT 8, NT 2, 128 columns.
 // Main loop a ring of STAGES steps (cp.async). A lane copies 16 (int8, fp8: 32) bytes of two rows
 //           of W per step and tile, its statistics are loaded one step ahead. Tiles of eight rows
 //           of X that hold none of the M rows are left out.
 // Bytes     W and its statistics once per block of rows; X once per block of columns, from L2;
 //           per share of K 4 bytes per element of Y written, and read once.
-// Numerics  fp32, k in a fixed order per share, then the ranks (in the first share); shares added
-//           in order by skinny_sum_kernel; one rounding to T. The shares depend on N, K and the
-//           number of multiprocessors, not on M: a row of Y has the same bits for every M up to 16,
-//           and for every M from 17 to 128. Bitwise equal from run to run.
+// Numerics  fp32, k in a fixed order per share; shares added in order by skinny_finish_kernel, then
+//           the low-rank term; one rounding to T. The shares depend on N, K, the rank and the number
+//           of multiprocessors, not on M: a row of Y has the same bits for every M up to 16, and for
+//           every M from 17 to 128. Bitwise equal from run to run.
 // Shared    one code table per lane (no bank conflicts); the 16-byte chunks of X are exchanged so
 //           that each quarter of a warp reads eight different banks of 16 bytes.
-// Resources (ptxas 13.0; flat, int8, fp8, gptq, awq) up to 16 rows: 122, 90, 96, 107, 128
-//           registers, 35, 48, 48, 32, 32 KiB of shared memory. More rows: 234, 193, 198, 207, 250
-//           registers, 75, 96, 96, 72, 72 KiB. No spills.
+// Resources (ptxas 13.0, sm_90; flat, int8, fp8, gptq, awq) up to 16 rows: 112, 116, 114, 107, 128
+//           registers, 35, 48, 48, 32, 32 KiB of shared memory (39 for U). More rows: 228, 186, 186,
+//           203, 231 registers, 75, 96, 96, 72, 72 KiB (78 for U). No spills.
 // Limits    16-bit T; X with 16-byte rows; K, and whatever shares a scale along k, a multiple of
 //           32; no act-order. The host dequantizes elsewhere.
 #pragma once
 
-#include "../../common/barrier.cuh"
-#include "../../common/mma.cuh"
-#include "packed_tile.cuh"
+#include "skinny_low_rank.cuh"
 
 namespace lora_kernels::quant_linear::cuda {
-
-struct SkinnyArgs {
-  SkinnyGemmParams p;
-  int steps;           // of all of K
-  int steps_per_part;  // the last part may have fewer
-  float* partials;     // [parts, M, N], or null without a split
-  int parts;
-};
 
 template <class Reader_, int MT_, int NT_, int STAGES_>
 struct SkinnyShape {
@@ -62,7 +53,7 @@ struct SkinnyBlock {
   static_assert(S::kRows % kTurn == 0 && kTurn % 2 == 0);  // a thread's rows share their swizzle
 
   const SkinnyArgs& args;
-  const SkinnyGemmParams& p;
+  const SkinnyParams& p;
   unsigned char* shared;  // tables, then stages
   int thread, lane, warp;
   int rows, active;  // of X in this block; tiles of eight that hold any of them
@@ -81,7 +72,7 @@ struct SkinnyBlock {
     rows = static_cast<int>(p.m - m0 < S::kRows ? p.m - m0 : S::kRows);
     active = (rows + 7) / 8;
     const int row = thread / kChunks, chunk = thread % kChunks;
-    x_from = static_cast<const T*>(p.x) + (m0 + row) * p.ldx + 8 * chunk;
+    x_from = static_cast<const T*>(p.z) + (m0 + row) * p.ldz + 8 * chunk;
     x_to = x_offset(row, chunk);
     x_at = x_offset(lane / 4, 4 * (lane % 4));
 #pragma unroll
@@ -115,7 +106,7 @@ struct SkinnyBlock {
 #pragma unroll
     for (int i = 0; i < S::kRows / kTurn; ++i) {
       if (i * kTurn >= 8 * active) break;
-      cp_async16_if(tile_x(stage) + x_to + i * kTurn * kTileK, from + i * kTurn * p.ldx,
+      cp_async16_if(tile_x(stage) + x_to + i * kTurn * kTileK, from + i * kTurn * p.ldz,
                     chunk_exists && thread / kChunks + i * kTurn < rows);
     }
     const bool exists = step * kTileK + kRunK * (lane % 4) < p.w.k;
@@ -171,40 +162,6 @@ struct SkinnyBlock {
     }
   }
 
-  // Two elements of a row that exists, else zeros.
-  LK_DEVICE static uint32_t pair_of(const void* data, int64_t row, int64_t ld, int64_t column,
-                                    bool exists) {
-    if (!exists) return 0u;
-    return *reinterpret_cast<const uint32_t*>(static_cast<const T*>(data) + row * ld + column);
-  }
-
-  // The low-rank term, 16 ranks at a time into the same accumulators.
-  LK_DEVICE void multiply_adapter() {
-#pragma unroll 1
-    for (int64_t r = 2 * (lane % 4); r < p.padded_rank + 2 * (lane % 4); r += 16) {
-      const bool low = r < p.padded_rank, high = r + 8 < p.padded_rank;
-      uint32_t a[NT][4];
-#pragma unroll
-      for (int nt = 0; nt < NT; ++nt) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int64_t n = tile_row(p.w, n0 + kTileN * nt, lane, half);
-          a[nt][half] = pair_of(p.b, n, p.ldb, r, low);
-          a[nt][2 + half] = pair_of(p.b, n, p.ldb, r + 8, high);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < MT; ++i) {
-        if (i >= active) break;
-        const int64_t row = m0 + 8 * i + lane / 4;
-        const uint32_t b0 = pair_of(p.scaled_s, row, p.ld_scaled, r, low && row < p.m);
-        const uint32_t b1 = pair_of(p.scaled_s, row, p.ld_scaled, r + 8, high && row < p.m);
-#pragma unroll
-        for (int nt = 0; nt < NT; ++nt) mma_16816<T>(acc[nt][i], a[nt], b0, b1);
-      }
-    }
-  }
-
   LK_DEVICE void store() const {
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
@@ -224,9 +181,9 @@ struct SkinnyBlock {
             if (m >= p.m) continue;
             const float value = acc[nt][i][2 * half + e];
             if (args.partials != nullptr) {
-              args.partials[(blockIdx.z * p.m + m) * p.w.n + n] = value;
+              *partial_at(args, blockIdx.z, m, n) = value;
             } else {
-              narrow(value + bias, static_cast<T*>(p.y)[m * p.ldy + n]);
+              narrow(value + bias, static_cast<T*>(p.c)[m * p.w.n + n]);
             }
           }
         }
@@ -240,6 +197,10 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
     skinny_gemm_kernel(const __grid_constant__ SkinnyArgs args) {
   constexpr int STAGES = S::STAGES;
   LK_DYNAMIC_SHARED(shared);
+  if (static_cast<int>(blockIdx.x) >= args.tiles) {
+    low_rank_tile<T, S::MT>(args, shared, static_cast<int>(blockIdx.x) - args.tiles);
+    return;
+  }
   SkinnyBlock<T, S> block(args, shared);
   const int first = static_cast<int>(blockIdx.z) * args.steps_per_part;
   const int last = first + args.steps_per_part, end = last < args.steps ? last : args.steps;
@@ -269,22 +230,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
     if (s + 1 < end) step(s + 1, raw[1], raw[0]);
   }
   cp_async_wait<0>();
-  if (blockIdx.z == 0 && args.p.padded_rank > 0) block.multiply_adapter();
   block.store();
-}
-
-// One thread per element of Y: the shares in order.
-template <class T>
-__global__ void __launch_bounds__(256) skinny_sum_kernel(const __grid_constant__ SkinnyArgs args) {
-  const SkinnyGemmParams& p = args.p;
-  const int64_t count = p.m * p.w.n;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
-  if (i >= count) return;
-  float total = 0.0f;
-  for (int z = 0; z < args.parts; ++z) total += args.partials[z * count + i];
-  const int64_t m = i / p.w.n, n = i - m * p.w.n;
-  if (p.bias != nullptr) total += load_as_float(p.bias, n, p.bias_dtype);
-  narrow(total, static_cast<T*>(p.y)[m * p.ldy + n]);
 }
 
 }  // namespace lora_kernels::quant_linear::cuda

@@ -2,8 +2,8 @@
 
 namespace lora_kernels::quant_linear::cuda {
 
-cudaError_t run_skinny_gemm_fp16(const SkinnyGemmParams& p, cudaStream_t stream) {
-  return run_skinny_gemm<fp16>(p, stream);
+cudaError_t run_skinny_fp16(const SkinnyParams& p, cudaStream_t stream) {
+  return run_skinny<fp16>(p, stream);
 }
 
 }  // namespace lora_kernels::quant_linear::cuda

@@ -1,4 +1,4 @@
-// How skinny_gemm.cuh shares K between blocks. Host code.
+// How the kernels for few rows share a sum between blocks, and the extents they work on. Host code.
 #pragma once
 
 #include "../../lora_linear/cuda/split.h"
@@ -8,22 +8,32 @@ namespace lora_kernels::quant_linear::cuda {
 
 using lora_linear::cuda::ceil_div;
 
-constexpr int64_t kFewRows = 16;  // rows of the variant with tiles of 16 rows
+constexpr int64_t kFewRows = 16;      // rows of the variants with tiles of 16 rows
+constexpr int64_t kSkinnyStep = 128;  // of the sum: what the shares are counted in
+constexpr int64_t kRankTile = 16;     // ranks of a block that makes U
+constexpr int64_t kDgradColumns = 256;
+
+inline int64_t skinny_p(const SkinnyParams& p) { return p.dgrad ? p.w.k : p.w.n; }
+inline int64_t skinny_q(const SkinnyParams& p) { return p.dgrad ? p.w.n : p.w.k; }
 
 constexpr int skinny_columns(int64_t rows) { return rows <= kFewRows ? 64 : 128; }
 
-// Of N, K and the device alone, so that the bits of a row do not depend on the others. Few rows:
-// four blocks per multiprocessor, whose copies under way fill the memory's latency. More: one,
-// since partial sums of 64 rows weigh as much as the codes.
-inline lora_linear::cuda::Split skinny_split(const SkinnyGemmParams& p) {
-  const bool few = p.m <= kFewRows;
-  const int64_t steps = ceil_div(p.w.k, 128);
-  const int64_t blocks = ceil_div(p.w.n, skinny_columns(p.m));
-  return lora_linear::cuda::choose_split(steps, blocks, few ? 4 * p.sm_count : p.sm_count, 4,
-                                         p.splits);
+inline int64_t skinny_tiles(const SkinnyParams& p) {
+  return ceil_div(skinny_p(p), p.dgrad ? kDgradColumns : skinny_columns(p.m));
 }
 
-cudaError_t run_skinny_gemm_bf16(const SkinnyGemmParams&, cudaStream_t);
-cudaError_t run_skinny_gemm_fp16(const SkinnyGemmParams&, cudaStream_t);
+// Of P, Q, the rank and the device alone, so that the bits of a row do not depend on the others.
+// Few rows: four blocks per multiprocessor, whose copies under way fill the memory's latency. More:
+// one, since partial sums of 64 rows weigh as much as the codes.
+inline lora_linear::cuda::Split skinny_split(const SkinnyParams& p) {
+  const int64_t steps = ceil_div(skinny_q(p), kSkinnyStep);
+  const int64_t blocks = skinny_tiles(p) + ceil_div(p.rank, kRankTile);
+  return lora_linear::cuda::choose_split(steps, blocks,
+                                         p.m <= kFewRows ? 4 * p.sm_count : p.sm_count,
+                                         p.dgrad ? 2 : 4, p.splits);
+}
+
+cudaError_t run_skinny_bf16(const SkinnyParams&, cudaStream_t);
+cudaError_t run_skinny_fp16(const SkinnyParams&, cudaStream_t);
 
 }  // namespace lora_kernels::quant_linear::cuda

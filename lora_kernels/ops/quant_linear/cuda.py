@@ -1,9 +1,10 @@
 """quant_linear on the compiled CUDA kernels (csrc/quant_linear/cuda).
 
-Up to `SKINNY_ROWS` rows of x the weight is read packed, once, by one kernel that also adds the
-low-rank term (:func:`skinny_reason` says what it leaves out). Everything else is one launch of
-dequantization and then lora_linear's kernels, or a library GEMM where there is no adapter. The
-backward dequantizes and takes those of lora_linear.
+Up to `SKINNY_ROWS` rows of x the weight is read packed, once per 64 rows, in the forward and for
+dX (:func:`skinny_reason` says what that leaves out): one launch, and a second one where the sum is
+shared out or there is an adapter, whose low-rank term joins there in fp32. Everything else is one
+launch of dequantization and then lora_linear's kernels, or a library GEMM where there is no adapter.
+dA and dB come from lora_linear's kernels.
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ def _library_reason() -> str:
     library, reason = backend.load()
     if library is None:
         return reason
-    if hasattr(library, "quant_linear_fwd"):
+    if hasattr(library, "quant_linear_dgrad"):
         return ""
-    return f"{backend.path().name} was built before quant_linear had kernels; build it again"
+    return f"{backend.path().name} predates quant_linear's packed dX; build it again"
 
 
 def skinny_reason(spec: QuantSpec, rows: int) -> str:
@@ -87,6 +88,12 @@ def _weight(parts: tuple[Tensor, ...], spec: QuantSpec) -> tuple[Any, ...]:
         list(parts), spec.layout, spec.rows, spec.columns, spec.block_size, spec.nested_block_size,
         formats.INT8_RECIPROCAL,
     )  # fmt: skip
+
+
+def _aligned_weight(parts: tuple[Tensor, ...], spec: QuantSpec) -> tuple[Any, ...]:
+    """The same with codes at a multiple of 16 bytes."""
+    codes = parts[0] if parts[0].data_ptr() % 16 == 0 else parts[0].clone()
+    return _weight((codes, *parts[1:]), spec)
 
 
 def _adapter(t: Tensor) -> Tensor:
@@ -152,8 +159,7 @@ def quant_linear_fwd(
     b = _adapter(lora_b) if lora_b is not None else None
     drop = _dropout(dropout_p, seed)
     if not skinny_reason(spec, x.shape[0]):
-        aligned = parts[0] if parts[0].data_ptr() % 16 == 0 else parts[0].clone()
-        weight = _weight((aligned, *parts[1:]), spec)
+        weight = _aligned_weight(parts, spec)
         return _operator("quant_linear_fwd")(x, *weight, bias, a, b, scaling, *drop)
     w = dequantize(parts, spec, x.dtype)
     if not adapter:
@@ -180,16 +186,26 @@ def quant_linear_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dX [M, K], dA and dB in the dtypes of A and B; what is not needed is empty."""
     none = dy.new_empty(0)
-    if lora_a is None or lora_b is None or x is None:
-        return dy @ dequantize(parts, spec, dy.dtype) if need_dx else none, none, none
+    adapter = lora_a is not None and lora_b is not None
+    dx, drop = none, _dropout(dropout_p, seed)
+    if need_dx and not skinny_reason(spec, dy.shape[0]):
+        a = _adapter(lora_a) if lora_a is not None and adapter else None
+        b = _adapter(lora_b) if lora_b is not None and adapter else None
+        weight = _aligned_weight(parts, spec)
+        dx = _operator("quant_linear_dgrad")(dy, *weight, a, b, scaling, *drop)
+        need_dx = False
+    elif need_dx and not adapter:
+        dx, need_dx = dy @ dequantize(parts, spec, dy.dtype), False
+    if lora_a is None or lora_b is None or x is None or not (need_dx or need_da or need_db):
+        return dx, none, none
     if need_dx:
         w = dequantize(parts, spec, dy.dtype)
     else:
         w = dy.new_empty(spec.rows, spec.columns)  # the operator reads its shape alone
-    dx, das, dbs = _operator("lora_linear_bwd")(
+    made, das, dbs = _operator("lora_linear_bwd")(
         [dy], x, [w], [_adapter(lora_a)], [_adapter(lora_b)], s, [scaling],
-        *_dropout(dropout_p, seed), need_dx, need_da, need_db, "auto",
+        *drop, need_dx, need_da, need_db, "auto",
     )  # fmt: skip
     da = das[0].to(lora_a.dtype) if need_da else none
     db = dbs[0].to(lora_b.dtype) if need_db else none
-    return dx, da, db
+    return made if need_dx else dx, da, db
