@@ -2,8 +2,8 @@
 
 Up to `SKINNY_ROWS` rows of x the weight is read packed, once per 64 rows, in the forward and for
 dX (:func:`skinny_reason` says what that leaves out): one launch, and a second one where the sum is
-shared out or there is an adapter, whose low-rank term joins there in fp32. Everything else is one
-launch of dequantization and then lora_linear's kernels, or a library GEMM where there is no adapter.
+shared out or there is an adapter, whose low-rank term joins there in fp32. Everything else is a
+dequantization and then lora_linear's kernels, or a library GEMM where there is no adapter.
 dA and dB come from lora_linear's kernels.
 """
 
