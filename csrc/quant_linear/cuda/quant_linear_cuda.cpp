@@ -224,7 +224,9 @@ std::tuple<Tensor, Tensor> quantize_rows(Tensor w) {
 class Skinny {
  public:
   Skinny(const Tensor& z_in, const std::vector<Tensor>& parts, const Spec& spec, bool dgrad)
-      : place_(z_in), z_(as_matrix(z_in, dgrad ? "dy" : "x")), pads_(z_.tensor, dtype_of(z_in, "x")) {
+      : place_(z_in),
+        z_(as_matrix(z_in, dgrad ? "dy" : "x")),
+        pads_(z_.tensor, dtype_of(z_in, "x")) {
     require(!parts.empty() && parts[0].get_device_index() == z_in.get_device_index(),
             "the weight is on another device than x");
     p.dtype = dtype_of(z_in, "x");

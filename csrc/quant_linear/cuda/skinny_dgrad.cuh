@@ -6,21 +6,21 @@
 //           U and its term: skinny_low_rank.cuh, in the same two launches.
 // Shapes    dY [M, N] row stride ldz, zeros in columns N up to the next multiple of 8; W as it is
 //           packed; dX [M, K] contiguous.
-// Grid      x: 256 columns of dX, behind them 16 ranks of U each; y: 8 MT rows of dY; z: share of N
-//           in steps of 128. A warp owns 64 columns and all rows of its block; warps share the tile
-//           of dY. Up to 16 rows: MT 2. More: MT 8.
+// Grid      x: 256 columns of dX, behind them 16 ranks of U each; y: 8 MT rows of dY; z: share of
+//           N in steps of 128. A warp owns 64 columns and all rows of its block; warps share the
+//           tile of dY. Up to 16 rows: MT 2. More: MT 8.
 // Main loop a ring of three tiles of 64 n (cp.async): codes, and dY. Statistics are loaded a tile
 //           ahead, turned into one fp32 scale per row and run of 32 columns, and read from shared
 //           memory by all lanes that need them.
-// Bytes     W and its statistics once per block of rows; dY once per 256 columns, from L2; per share
-//           of N 4 bytes per element of dX written, and read once.
+// Bytes     W and its statistics once per block of rows; dY once per 256 columns, from L2; per
+//           share of N 4 bytes per element of dX written, and read once.
 // Numerics  fp32, n in a fixed order per share; shares added in order, then the low-rank term; one
 //           rounding to T. The shares depend on N, K, the rank and the number of multiprocessors,
 //           not on M: a row of dX has the same bits for every M up to 16, and for 17 to 128.
 // Shared    chunks are exchanged so that lanes that read together read different banks.
 // Resources (ptxas 13.0, sm_90; flat, int8, fp8, gptq, awq) up to 16 rows: 128, 128, 128, 126, 119
-//           registers, 37, 58, 58, 38, 38 KiB of shared memory (39 for U). More rows: 255, 250, 246,
-//           239, 247 registers, 55, 76, 76, 56, 56 KiB (78 for U). No spills.
+//           registers, 37, 58, 58, 38, 38 KiB of shared memory (U: 39). More rows: 255, 250, 246,
+//           239, 247 registers, 55, 76, 76, 56, 56 KiB (U: 78). No spills.
 // Limits    those of skinny_gemm.cuh; any N.
 #pragma once
 
@@ -84,7 +84,9 @@ struct DgradBlock {
   }
 
   // Bytes from the start of a tile of dY: eight chunks of eight n's per row.
-  LK_DEVICE static int place(int row, int chunk) { return 16 * (8 * row + (chunk ^ (4 * (row & 1)))); }
+  LK_DEVICE static int place(int row, int chunk) {
+    return 16 * (8 * row + (chunk ^ (4 * (row & 1))));
+  }
 
   LK_DEVICE void load(int tile, int stage) const {
     const int64_t n0 = static_cast<int64_t>(tile) * kColumnsN;

@@ -16,14 +16,14 @@
 // Bytes     W and its statistics once per block of rows; X once per block of columns, from L2;
 //           per share of K 4 bytes per element of Y written, and read once.
 // Numerics  fp32, k in a fixed order per share; shares added in order by skinny_finish_kernel, then
-//           the low-rank term; one rounding to T. The shares depend on N, K, the rank and the number
-//           of multiprocessors, not on M: a row of Y has the same bits for every M up to 16, and for
-//           every M from 17 to 128. Bitwise equal from run to run.
+//           the low-rank term; one rounding to T. The shares depend on N, K, the rank and the
+//           number of multiprocessors, not on M: a row of Y has the same bits for every M up to 16,
+//           and for every M from 17 to 128. Bitwise equal from run to run.
 // Shared    one code table per lane (no bank conflicts); the 16-byte chunks of X are exchanged so
 //           that each quarter of a warp reads eight different banks of 16 bytes.
 // Resources (ptxas 13.0, sm_90; flat, int8, fp8, gptq, awq) up to 16 rows: 112, 116, 114, 107, 128
-//           registers, 35, 48, 48, 32, 32 KiB of shared memory (39 for U). More rows: 228, 186, 186,
-//           203, 231 registers, 75, 96, 96, 72, 72 KiB (78 for U). No spills.
+//           registers, 35, 48, 48, 32, 32 KiB of shared memory (U: 39). More rows: 228, 186, 186,
+//           203, 231 registers, 75, 96, 96, 72, 72 KiB (U: 78). No spills.
 // Limits    16-bit T; X with 16-byte rows; K, and whatever shares a scale along k, a multiple of
 //           32; no act-order. The host dequantizes elsewhere.
 #pragma once

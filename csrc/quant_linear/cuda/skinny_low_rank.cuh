@@ -1,7 +1,7 @@
 // The low-rank term of the kernels for few rows: U in the blocks behind those of the weight, and
 // the kernel that ends every product whose sum is shared out or that has such a term.
 //
-// Math      U = u_scale mask(Z) left^T,  C = sum of the shares of Z R^T + mask'(scale U right) + bias
+// Math      U = u_scale mask(Z) left^T,  C = Z R^T + mask'(scale U right) + bias, Z R^T in shares
 //           (R: the weight or its transpose; mask: forward, mask': dgrad; see params.h)
 // Grid      low_rank_tile: a block of the same launch as the product, 16 ranks and its 8 MT rows of
 //           Z over its share of the sum. Its four warps are two halves of k times two halves of the
