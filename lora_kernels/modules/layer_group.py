@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,23 +25,26 @@ _logger = logging.getLogger("lora_kernels")
 
 
 class Operands(NamedTuple):
-    """What the op needs of one layer for one call."""
+    """What the op needs of one layer for one call; one without an adapter has no A and no B."""
 
     weight: Tensor
-    lora_a: Tensor
-    lora_b: Tensor
+    lora_a: Tensor | None
+    lora_b: Tensor | None
     scaling: float
     bias: Tensor | None
     dropout_p: float
+
+
+Results = list["Tensor | None"]  # None: that layer computes by itself
 
 
 class _Pending:
     """Results that were computed for `x` and not fetched yet; `outputs` None: the group declined,
     each layer computes by itself."""
 
-    def __init__(self, x: Tensor, state: tuple[Any, ...], outputs: list[Tensor] | None, n: int):
+    def __init__(self, x: Tensor, state: tuple[Any, ...], outputs: Results | None, left: range):
         self.x, self.state, self.outputs = x, state, outputs
-        self.left = set(range(n))
+        self.left = set(left)
 
 
 class LayerGroup:
@@ -51,14 +54,18 @@ class LayerGroup:
         name: path of the block, for messages.
         members: the layers, two to eight, in the order in which the block calls them.
         operands: (layer, x) -> its :class:`Operands`; None when the call has to be its own.
+        adapted: which of the members have an adapter; None: all. One without an adapter starts no
+            call that an earlier member did not start: that one may have been called in a way
+            that only it can compute.
     """
 
     def __init__(
         self, name: str, members: list[nn.Module],
-        operands: Callable[[Any, Tensor], Operands | None],
+        operands: Callable[[Any, Tensor], Operands | None], adapted: Sequence[bool] | None = None,
     ) -> None:  # fmt: skip
         assert 2 <= len(members) <= _MAX_MEMBERS
         self.name, self.members, self.operands = name, members, operands
+        self.adapted = list(adapted or [True] * len(members))
         self.dissolved = ""  # the reason, once it is
         self._wasted = 0
         self._pending: dict[int, _Pending] = {}  # per thread
@@ -95,7 +102,13 @@ class LayerGroup:
                 self._waste(at in pending.left)
                 if self.dissolved:
                     return None
-        pending = _Pending(x, state, self._compute(x), len(self.members))
+        if not self.adapted[at] and any(self.adapted[:at]):
+            return None
+        outputs = self._compute(x)
+        if outputs is None and not self.adapted[at]:
+            return None  # not kept: nobody else may come
+        first = 0 if outputs is not None else at
+        pending = _Pending(x, state, outputs, range(first, len(self.members)))
         self._pending[key] = pending
         return self._fetch(pending, at, key)
 
@@ -125,28 +138,42 @@ class LayerGroup:
                 "the layers of %s are no longer computed together: %s", self.name, self.dissolved
             )
 
-    def _compute(self, x: Tensor) -> list[Tensor] | None:
-        found = []
-        for member in self.members:
+    def _compute(self, x: Tensor) -> Results | None:
+        found: list[Operands | None] = []
+        for member, adapted in zip(self.members, self.adapted, strict=True):
             # A layer that fully_shard wrapped by itself is gathered in its own call only.
             alone = type(member).__name__.startswith("FSDP")
             operands = None if alone else self.operands(member, x)
-            if operands is None:
+            if operands is None and adapted:
                 return None
             found.append(operands)
-        first = found[0]
-        for other in found[1:]:
-            if (
-                other.dropout_p != first.dropout_p
-                or other.weight.dtype != first.weight.dtype
-                or other.lora_a.dtype != first.lora_a.dtype
-                or other.lora_b.dtype != first.lora_b.dtype
-            ):
-                return None
-        weights, lora_as, lora_bs, scalings, biases, _ = zip(*found, strict=True)
-        return grouped_lora_linear(
-            x, weights, lora_as, lora_bs, scalings, biases=biases, dropout_p=first.dropout_p
-        )
+        joined = [o for o in found if o is not None]
+        first = next(o for o in joined if o.lora_a is not None)
+        if len(joined) < 2 or not all(agree(first, o) for o in joined):
+            return None
+        outputs = iter(compute_together(x, joined))
+        return [None if o is None else next(outputs) for o in found]
+
+
+def agree(a: Operands, b: Operands) -> bool:
+    """One call can compute both."""
+    if a.weight.dtype != b.weight.dtype:
+        return False
+    if a.lora_a is None or a.lora_b is None or b.lora_a is None or b.lora_b is None:
+        return True
+    return (
+        a.dropout_p == b.dropout_p
+        and a.lora_a.dtype == b.lora_a.dtype
+        and a.lora_b.dtype == b.lora_b.dtype
+    )
+
+
+def compute_together(x: Tensor, found: Sequence[Operands]) -> list[Tensor]:
+    """One result per layer; at least one has an adapter."""
+    weights, lora_as, lora_bs, scalings, biases, rates = zip(*found, strict=True)
+    return grouped_lora_linear(
+        x, weights, lora_as, lora_bs, scalings, biases=biases, dropout_p=max(rates)
+    )
 
 
 def group_of(layer: nn.Module) -> LayerGroup | None:

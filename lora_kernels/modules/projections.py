@@ -7,57 +7,45 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
 from lora_kernels.errors import InvalidArgumentError
-from lora_kernels.modules.grouped_lora_linear import GroupedLoRALinear, operands
-from lora_kernels.modules.layer_group import Operands
+from lora_kernels.modules import grouped_linear, grouped_lora_linear
+from lora_kernels.modules.grouped_lora_linear import GroupedLoRALinear
+from lora_kernels.modules.layer_group import Operands, agree, compute_together
 from lora_kernels.modules.lora_linear import LoRALinear
 from lora_kernels.modules.lora_transposed_linear import LoRATransposedLinear
 from lora_kernels.modules.quant_linear import QuantLinear
 from lora_kernels.modules.quant_lora_linear import QuantLoRALinear
-from lora_kernels.ops import grouped_lora_linear
 
 _LAYERS = (nn.Linear, LoRATransposedLinear, QuantLinear)  # LoRALinear is an nn.Linear
 
 
 def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     """The result of every layer for x. Those that are exactly LoRALinear, have no hooks, and agree
-    on dropout and dtypes are one call of the op, in which each drops its own elements of x."""
+    on dropout and dtypes are one call of the op, in which each drops its own elements of x; frozen
+    nn.Linear beside them are part of it."""
     together: dict[int, Operands] = {}
     for i, layer in enumerate(layers):
-        found = operands(layer, x) if _is_plain(layer) else None
+        found = grouped_lora_linear.operands(layer, x) if _is_adapted(layer) else None
         first = next(iter(together.values()), found)
-        if found is not None and first is not None and _agree(first, found):
+        if found is not None and first is not None and agree(first, found):
             together[i] = found
+    if together:
+        first = next(iter(together.values()))
+        for i, layer in enumerate(layers):
+            found = grouped_linear.operands(layer, x) if grouped_linear.can_join(layer) else None
+            if found is not None and agree(first, found):
+                together[i] = found
     results: dict[int, Tensor] = {}
     if len(together) > 1:
-        weights, lora_as, lora_bs, scalings, biases, rates = zip(*together.values(), strict=True)
-        ys = grouped_lora_linear(
-            x, weights, lora_as, lora_bs, scalings, biases=biases, dropout_p=rates[0]
-        )
+        ys = compute_together(x, list(together.values()))
         results = dict(zip(together, ys, strict=True))
     return [results[i] if i in results else layer(x) for i, layer in enumerate(layers)]
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    hooks = (
-        layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks,
-        layer._backward_pre_hooks, nn_module._global_forward_hooks,
-        nn_module._global_forward_pre_hooks, nn_module._global_backward_hooks,
-        nn_module._global_backward_pre_hooks,
-    )  # fmt: skip
+def _is_adapted(layer: nn.Module) -> bool:
     exact = type(layer) in (LoRALinear, GroupedLoRALinear)
-    return exact and not any(hooks) and "forward" not in layer.__dict__
-
-
-def _agree(a: Operands, b: Operands) -> bool:
-    return (
-        a.dropout_p == b.dropout_p
-        and a.weight.dtype == b.weight.dtype
-        and a.lora_a.dtype == b.lora_a.dtype
-        and a.lora_b.dtype == b.lora_b.dtype
-    )
+    return exact and not grouped_linear.has_hooks(layer) and "forward" not in layer.__dict__
 
 
 def make_projection(

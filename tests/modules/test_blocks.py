@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lk
 from lora_kernels.errors import InvalidArgumentError
-from lora_kernels.modules import lora_mlp, projections
+from lora_kernels.modules import layer_group, lora_mlp, projections
 from lora_kernels.modules.lora_mlp import ACTIVATIONS
 from lora_kernels.modules.lora_transposed_linear import LoRATransposedLinear
 from lora_kernels.testing import BudgetExceededError, assert_within_budget
@@ -49,13 +49,13 @@ def tables(length: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many layers each grouped call had."""
-    sizes, op = [], projections.grouped_lora_linear
+    sizes, op = [], layer_group.grouped_lora_linear
 
     def recorded(x, weights, *args, **kwargs):
         sizes.append(len(weights))
         return op(x, weights, *args, **kwargs)
 
-    monkeypatch.setattr(projections, "grouped_lora_linear", recorded)
+    monkeypatch.setattr(layer_group, "grouped_lora_linear", recorded)
     return sizes
 
 
@@ -119,6 +119,21 @@ def test_qkv_with_any_mix_of_adapters(ranks, quant, calls):
     m = fill(lk.LoRAQKV(32, 4, 2, r=ranks, alpha=8, quant=quant))
     check(m, plain_qkv, torch.randn(2, 5, 32))
     assert calls == ([len(ranks)] if quant is None and len(ranks) > 1 else [])
+
+
+def test_frozen_layers_beside_adapted_ones_are_part_of_their_call(calls):
+    """In bf16, where that pays; each adapter still drops its own elements of x."""
+    torch.manual_seed(0)
+    m = fill(lk.LoRAQKV(32, 4, 2, r={"q_proj": 4, "v_proj": 3}, bias=True, dtype=torch.bfloat16))
+    check(m, plain_qkv, torch.randn(2, 5, 32).bfloat16())
+    mlp = fill(lk.LoRAMLP(32, 64, r={"up_proj": 4}, dtype=torch.bfloat16))
+    check(mlp, plain_mlp, torch.randn(7, 32).bfloat16())
+    assert calls == [3, 2]
+    m.k_proj.weight.requires_grad_()
+    check(m, plain_qkv, torch.randn(2, 5, 32).bfloat16())
+    m.k_proj.requires_grad_(False).register_forward_hook(lambda *_: None)
+    check(m, plain_qkv, torch.randn(2, 5, 32).bfloat16())
+    assert calls[2:] == [2, 2]
 
 
 @DTYPES

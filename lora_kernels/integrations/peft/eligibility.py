@@ -21,8 +21,10 @@ from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
 from lora_kernels.integrations.peft.quant_base import is_quantized
+from lora_kernels.modules.grouped_linear import GroupedLinear
 
-_BASES = (nn.Linear, Conv1D)  # and the quantized ones that quant_base.py knows
+# And the quantized ones that quant_base.py knows. A GroupedLinear has got its adapter since.
+_BASES = (nn.Linear, Conv1D, GroupedLinear)
 _DROPOUTS = (nn.Dropout, nn.Identity)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DEVICES = ("cpu", "cuda", "meta")

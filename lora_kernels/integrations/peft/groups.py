@@ -5,19 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from peft.tuners.lora.layer import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from lora_kernels.integrations.peft import linear
 from lora_kernels.integrations.peft.quant_base import is_quantized
-from lora_kernels.modules import grouped_lora_linear
+from lora_kernels.modules import grouped_linear, grouped_lora_linear
 from lora_kernels.modules.blocks import blocks_of, groups_of, row_of, rows
+from lora_kernels.modules.grouped_linear import GroupedLinear
 from lora_kernels.modules.grouped_lora_linear import GroupedLoRALinear
-from lora_kernels.modules.layer_group import LayerGroup, group_of
+from lora_kernels.modules.layer_group import LayerGroup, Operands, group_of
 from lora_kernels.modules.lora_linear import LoRALinear
 from lora_kernels.modules.report import FUSED, STOCK
 from lora_kernels.ops import _dispatch
 
 KIND = "grouped_lora_linear"
+_CLASSES: dict[Any, Any] = {LoRALinear: GroupedLoRALinear, nn.Linear: GroupedLinear}
 
 
 def form_groups(model: nn.Module) -> tuple[list[dict[str, Any]], list[LayerGroup]]:
@@ -30,18 +32,23 @@ def form_groups(model: nn.Module) -> tuple[list[dict[str, Any]], list[LayerGroup
             adapted = {n: m for n, m in members.items() if _is_adapted(m)}
             if not adapted:
                 continue
-            reason = _reason(names, adapted)
+            first = next(iter(adapted.values()))
+            joined = {n: m for n, m in members.items() if n in adapted or _joins(m, first)}
+            reason = _reason(names, adapted, joined)
             if not reason and len(names) > 1:
-                group = _existing(list(adapted.values()))
+                layers = list(joined.values())
+                group = _existing(layers)
                 if group is None:
-                    group = LayerGroup(path, list(adapted.values()), _operands_of(adapted))
+                    group = LayerGroup(
+                        path, layers, _operands_of(adapted), [n in adapted for n in joined]
+                    )
                     made.append(group)
                 keep.add(id(group))
-            entries.append(_entry(path, list(adapted), reason))
+            entries.append(_entry(path, list(adapted if reason else joined), reason))
     for module in model.modules():
         old = group_of(module)
         if old is not None and id(old) not in keep:
-            old.detach()
+            take_apart(old)
     for group in made:
         _prepare(group)
         group.attach()
@@ -57,16 +64,17 @@ def dissolve_groups(model: nn.Module) -> None:
 
 def take_apart(group: LayerGroup) -> None:
     group.detach()
-    stock: Any = LoRALinear
     for member in group.members:
-        if type(member) is GroupedLoRALinear:
-            member.__class__ = stock
+        for stock, grouped in _CLASSES.items():
+            if type(member) is grouped:
+                member.__class__ = stock
 
 
 def _prepare(group: LayerGroup) -> None:
     for member in group.members:
-        if type(member) is LoRALinear:
-            member.__class__ = GroupedLoRALinear
+        grouped = _CLASSES.get(type(member))
+        if grouped is not None:
+            member.__class__ = grouped
 
 
 def _entry(path: str, members: list[str], reason: str) -> dict[str, Any]:
@@ -88,18 +96,42 @@ def _existing(members: list[nn.Module]) -> LayerGroup | None:
     return group if same and all(group_of(m) is group for m in members) else None
 
 
+def _joins(module: nn.Module, adapted: Any) -> bool:
+    """A layer without an adapter that can be computed together with this one."""
+    weight = adapted.weight if isinstance(adapted, LoRALinear) else adapted.get_base_layer().weight
+    layer: Any = module
+    return (
+        grouped_linear.can_join(layer)
+        and layer.in_features == adapted.in_features
+        and layer.weight.dtype == weight.dtype == grouped_linear.DTYPE
+        and layer.__dict__.get("_hf_tp_plan") is None
+    )
+
+
 def _operands_of(adapted: dict[str, nn.Module]) -> Any:
-    plain = isinstance(next(iter(adapted.values())), LoRALinear)
-    return grouped_lora_linear.operands if plain else linear.operands
+    ours = isinstance(next(iter(adapted.values())), LoRALinear)
+    return _operands_of_ours if ours else _operands_of_peft
 
 
-def _reason(names: tuple[str, ...], adapted: dict[str, nn.Module]) -> str:
+def _operands_of_ours(layer: Any, x: Tensor) -> Operands | None:
+    plain = isinstance(layer, GroupedLinear)
+    return (grouped_linear if plain else grouped_lora_linear).operands(layer, x)
+
+
+def _operands_of_peft(layer: Any, x: Tensor) -> Operands | None:
+    plain = isinstance(layer, GroupedLinear)
+    return (grouped_linear if plain else linear).operands(layer, x)
+
+
+def _reason(
+    names: tuple[str, ...], adapted: dict[str, nn.Module], joined: dict[str, nn.Module]
+) -> str:
     """Why these layers are not computed together; "" when they are."""
     if _dispatch.disabled("grouped_lora_linear", "apply"):
         return "disabled by LORA_KERNELS_DISABLE"
     if len(names) == 1:
         return ""
-    if len(adapted) == 1:
+    if len(joined) == 1:
         return f"only {next(iter(adapted))} has an adapter"
     for name, module in adapted.items():
         why = _member_reason(module)

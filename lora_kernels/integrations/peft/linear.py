@@ -6,6 +6,7 @@ from typing import Any
 
 from peft.tuners.lora.layer import VARIANT_KWARG_KEYS, Linear, LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lora_kernels.integrations.peft import eligibility, quant_linear
 from lora_kernels.integrations.peft.eligibility import Parts, parts_of
@@ -120,7 +121,7 @@ def operands(layer: LoraLayer, x: Tensor) -> Operands | None:
 
 def _operands(parts: Parts, scaling: float) -> Operands:
     base, lora_a, lora_b, dropout = parts
-    weight = base.weight if type(base) is nn.Linear else base.weight.t()  # Conv1D keeps [in, out]
+    weight = base.weight.t() if type(base) is Conv1D else base.weight  # Conv1D keeps [in, out]
     bias = base.bias
     if lora_b.bias is not None:
         update = lora_b.bias * scaling
@@ -131,6 +132,7 @@ def _operands(parts: Parts, scaling: float) -> Operands:
 
 def _fused(x: Tensor, parts: Parts, scaling: float, magnitude: Any = None) -> Tensor:
     weight, lora_a, lora_b, scaling, bias, dropout_p = _operands(parts, scaling)
+    assert lora_a is not None and lora_b is not None
     if magnitude is not None:
         return dora_linear(
             x, weight, lora_a, lora_b, magnitude.weight, scaling, bias=bias, dropout_p=dropout_p
