@@ -6,6 +6,8 @@ transpose. Deliberately not differentiable; autograd.py wraps them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -58,5 +60,25 @@ for _key in ("CPU", "CUDA"):
 torch.library.register_fake("lora_kernels::rope_fwd", _fake, lib=_library)
 torch.library.register_fake("lora_kernels::rope_bwd", _fake, lib=_library)
 
-fwd = torch.ops.lora_kernels.rope_fwd.default
-bwd = torch.ops.lora_kernels.rope_bwd.default
+_fwd_op = torch.ops.lora_kernels.rope_fwd.default
+_bwd_op = torch.ops.lora_kernels.rope_bwd.default
+
+
+def _eager(heads: list[Tensor]) -> bool:
+    """Nobody watches the dispatcher, whose crossing costs more than a token's rotation."""
+    return (
+        all(type(t) is Tensor and t.device.type in ("cpu", "cuda") for t in heads)
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def fwd(heads: list[Tensor], *args: Any) -> list[Tensor]:
+    """The registered forward op, called directly where nothing can tell the difference."""
+    return _fwd(heads, *args) if _eager(heads) else _fwd_op(heads, *args)
+
+
+def bwd(grads: list[Tensor], *args: Any) -> list[Tensor]:
+    """The registered backward op, likewise."""
+    return _bwd(grads, *args) if _eager(grads) else _bwd_op(grads, *args)

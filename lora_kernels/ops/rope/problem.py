@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import os
 from dataclasses import dataclass, fields
 from types import ModuleType
 
 import torch
 
+from lora_kernels._backends import cpu as cpu_library
 from lora_kernels.errors import InvalidArgumentError
 from lora_kernels.ops import _dispatch, _evidence
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BACKENDS = ("reference", "aten", "triton")
+BACKENDS = ("reference", "aten", "cpu", "triton")
 OP = "rope"
 
 
@@ -65,6 +68,10 @@ def supports(backend: str, problem: RopeProblem) -> tuple[bool, str]:
         return True, "plain PyTorch, the rotated copy spelled out"
     if backend == "aten":
         return True, "element-wise library calls, no turned copy of the heads"
+    if backend == "cpu":
+        from lora_kernels.ops.rope import cpu
+
+        return cpu.supports(problem)
     if backend == "triton":
         from lora_kernels.ops.rope import triton
 
@@ -79,11 +86,22 @@ def choose(
     name = _dispatch.requested_backend(requested)
     if name == "auto" and problem.device != "cpu":
         return _evidence.choose(OP, BACKENDS, problem, direction, supports)
-    return _dispatch.resolve(OP, name, ("aten",), lambda b: supports(b, problem))
+    disabled = os.environ.get("LORA_KERNELS_DISABLE", "")
+    return _choose(problem, name, disabled, hasattr(cpu_library.load()[0], "rope_rotate"))
+
+
+@functools.lru_cache(maxsize=1024)
+def _choose(problem: RopeProblem, name: str, disabled: str, compiled: bool) -> tuple[str, str]:
+    """Cached on all that the answer depends on: `disabled` and `compiled` serve the key alone."""
+    return _dispatch.resolve(OP, name, ("cpu", "aten"), lambda b: supports(b, problem))
 
 
 def launcher(problem: RopeProblem, requested: str, direction: str) -> ModuleType:
-    name, _ = choose(problem, requested, direction)
+    return _backend_module(choose(problem, requested, direction)[0])
+
+
+@functools.cache
+def _backend_module(name: str) -> ModuleType:
     return importlib.import_module(f"lora_kernels.ops.{OP}.{name}")
 
 
