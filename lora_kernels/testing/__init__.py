@@ -46,12 +46,6 @@ from lora_kernels.testing.rms_norm import (
     rms_norm_inputs,
     rms_norm_op,
 )
-from lora_kernels.testing.rms_norm import (
-    RmsNormInputs,
-    check_rms_norm,
-    rms_norm_inputs,
-    rms_norm_op,
-)
 from lora_kernels.testing.rope import RopeInputs, check_rope, rope_inputs, rope_op
 
 __all__ = [
@@ -66,7 +60,6 @@ __all__ = [
     "Margin",
     "QuantLinearInputs",
     "RmsNormInputs",
-    "RmsNormInputs",
     "RopeInputs",
     "assert_within_budget",
     "attention_inputs",
@@ -78,7 +71,6 @@ __all__ = [
     "check_linear_cross_entropy",
     "check_lora_linear",
     "check_quant_linear",
-    "check_rms_norm",
     "check_rms_norm",
     "check_rope",
     "compare",
@@ -97,8 +89,6 @@ __all__ = [
     "quant_linear_inputs",
     "quant_linear_op",
     "relayout",
-    "rms_norm_inputs",
-    "rms_norm_op",
     "rms_norm_inputs",
     "rms_norm_op",
     "rope_inputs",
