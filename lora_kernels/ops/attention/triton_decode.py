@@ -133,7 +133,7 @@ def decode(
     tl.store(lse + (b64 * H + h) * S + i, result, mask=exists)
 
 
-@triton.jit(do_not_specialize=["S", "splits"])
+@triton.jit(do_not_specialize=["B", "S", "splits"])
 def combine(
     parts, lse_parts, sinks, out, lse, B, S, H, splits,
     DV: tl.constexpr, V: tl.constexpr, MOST: tl.constexpr, SINKS: tl.constexpr,
