@@ -1,10 +1,11 @@
 """A LoRA QKV and a LoRA MLP block of SmolLM2's size against PEFT and torch.compile of it.
 
-    python -m benchmarks.blocks [--dtype bf16] [--rows 1024] [--rank 16] [--dropout 0]
-        [--rounds 8] [--no-compile] [--json OUT]
+    python -m benchmarks.blocks [--block qkv] [--dtype bf16] [--rows 1024] [--rank 16]
+        [--dropout 0] [--rounds 8] [--no-compile] [--json OUT]
 
-Forward and backward, in turns. Before any time is taken, every result and gradient is held to an
-fp64 oracle (without dropout). PEFT keeps adapters in fp32 over a bf16 base; so do ours.
+Forward and backward, in turns; a record for each block and dtype. Before any time is taken, every
+result and gradient is held to an fp64 oracle (without dropout). PEFT keeps adapters in fp32 over a
+bf16 base; so do ours.
 """
 
 from __future__ import annotations
@@ -139,6 +140,7 @@ def check(block: str, options: argparse.Namespace, x: Tensor, dys: list[Tensor])
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.blocks")
+    parser.add_argument("--block", choices=sorted(NAMES), help="default: both")
     parser.add_argument("--dtype", default="bf16", choices=sorted(DTYPES))
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--rank", type=int, default=16)
@@ -153,44 +155,59 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
+def operands(block: str, options: argparse.Namespace) -> tuple[Tensor, list[Tensor]]:
+    """x and the gradients of the outputs."""
+    torch.manual_seed(1)
+    x = torch.randn(options.rows, HIDDEN).to(DTYPES[options.dtype])
+    kv = HIDDEN // HEADS * KV_HEADS
+    widths = (HIDDEN, kv, kv) if block == "qkv" else (HIDDEN,)
+    return x, [torch.randn(options.rows, n).to(x.dtype) for n in widths]
+
+
+def run(block: str, options: argparse.Namespace) -> tuple[float, list[dict[str, Any]]]:
+    """(share of the error budget, a row per provider); BudgetExceededError before any timing."""
+    x, dys = operands(block, options)
+    share = check(block, options, x, dys)
+    works = {
+        name: lambda m=model: step(m, x, dys) for name, model in providers(block, options).items()
+    }
+    timings = measure(works, "peft", rounds=options.rounds, round_seconds=0.05)
+    print(f"{block}, {options.dtype}: correct, at most {share:.2f} of the error budget")
+    rows = []
+    for name, t in timings.items():
+        print(f"  {name:22} {1e3 * t.seconds.median:9.2f} ms  {t.ratio.median:6.2f} of PEFT")
+        rows.append({
+            "provider": name, "seconds": t.seconds.median,
+            "iqr_seconds": [t.seconds.q1, t.seconds.q3], "ratio": t.ratio.median,
+            "ratio_iqr": [t.ratio.q1, t.ratio.q3], "first_call_seconds": t.first_call,
+        })  # fmt: skip
+    return share, rows
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = parse(argv)
-    rows = []
-    for block in NAMES:
-        torch.manual_seed(1)
-        x = torch.randn(options.rows, HIDDEN).to(DTYPES[options.dtype])
-        kv = HIDDEN // HEADS * KV_HEADS
-        dys = [
-            torch.randn(options.rows, n).to(x.dtype)
-            for n in ((HIDDEN, kv, kv) if block == "qkv" else (HIDDEN,))
-        ]
+    found, blocks = [], [options.block] if options.block else list(NAMES)
+    for block in blocks:
+        head = machine.describe("benchmarks.blocks", argv)
         try:
-            share = check(block, options, x, dys)
+            share, rows = run(block, options)
         except BudgetExceededError as error:
             print(f"WRONG, not timed: {block}: {error}", file=sys.stderr)
             return 1
-        works = {
-            name: lambda m=model: step(m, x, dys)  # noqa: B023
-            for name, model in providers(block, options).items()
-        }
-        timings = measure(works, "peft", rounds=options.rounds, round_seconds=0.05)
-        print(f"{block}: correct, at most {share:.2f} of the error budget")
-        for name, t in timings.items():
-            print(f"  {name:22} {1e3 * t.seconds.median:9.2f} ms  {t.ratio.median:6.2f} of PEFT")
-            rows.append({
-                "block": block, "provider": name, "seconds": t.seconds.median,
-                "iqr_seconds": [t.seconds.q1, t.seconds.q3], "ratio": t.ratio.median,
-                "ratio_iqr": [t.ratio.q1, t.ratio.q3], "share_of_error_budget": share,
-            })  # fmt: skip
-    result: dict[str, Any] = {
-        "schema": record.SCHEMA, "op": "blocks", **machine.describe("benchmarks.blocks", argv),
-        "dtype": options.dtype, "M": options.rows, "rank": options.rank,
-        "dropout": options.dropout, "rounds": options.rounds, "rows": rows,
-    }  # fmt: skip
-    path = options.json or record.default_path(result)
-    record.save(path, result)
-    print(f"record: {path}")
+        found.append({
+            "schema": record.SCHEMA, "op": "blocks", **head, "block": block,
+            "dtype": options.dtype, "M": options.rows, "rank": options.rank,
+            "dropout": options.dropout, "rounds": options.rounds,
+            "share_of_error_budget": share, "rows": rows,
+        })  # fmt: skip
+    for result in found:
+        name = f"blocks-{result['block']}-{result['dtype']}"
+        path = options.json or record.default_path({**result, "op": name})
+        if options.json and len(found) > 1:
+            path = path.with_name(f"{path.stem}-{result['block']}{path.suffix}")
+        record.save(path, result)
+        print(f"record: {path}")
     return 0
 
 

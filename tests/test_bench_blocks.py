@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
+import torch
+
+from lora_kernels.modules import layer_group
+from lora_kernels.testing import assert_within_budget
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from benchmarks import activation_memory, blocks
+from benchmarks import activation_memory, blocks, blocks_table, grouping, peak_memory
 
 
 def test_blocks_are_checked_and_timed(tmp_path, capsys):
@@ -17,8 +22,11 @@ def test_blocks_are_checked_and_timed(tmp_path, capsys):
     options = ["--dtype", "fp32", "--rows", "8", "--rounds", "1", "--rank", "2", "--no-compile"]
     assert blocks.main([*options, "--json", str(path)]) == 0
     assert "correct, at most" in capsys.readouterr().out
-    rows = json.loads(path.read_text())["rows"]
-    assert {r["block"] for r in rows} == {"qkv", "mlp"} and all(r["seconds"] > 0 for r in rows)
+    found = [json.loads((tmp_path / f"record-{b}.json").read_text()) for b in ("qkv", "mlp")]
+    assert [r["block"] for r in found] == ["qkv", "mlp"]
+    assert all(row["seconds"] > 0 for r in found for row in r["rows"])
+    page = blocks_table.blocks(found)
+    assert "| LoRAMLP, fp32 |" in page and "| LoRAQKV, fp32 |" in page
 
 
 def test_wrong_results_are_not_timed(monkeypatch, capsys):
@@ -40,3 +48,39 @@ def test_what_a_layer_keeps(tmp_path, monkeypatch):
     saved = fused - kept["lora_kernels, recompute_activations"]
     assert saved == 2 * 8 * 1536 * 2  # act(gate) and its product with up, in bf16
     assert kept["lora_kernels, checkpointing"] == kept["PEFT, checkpointing"] == 2 * 8 * 576
+
+
+def test_grouping_is_checked_and_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(grouping, "TRAINING", (8,))
+    monkeypatch.setattr(grouping, "DECODE", (2,))
+    path = tmp_path / "record.json"
+    assert grouping.main(["--dtype", "bf16", "--rounds", "1", "--json", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert {(r["M"], r["mode"]) for r in result["rows"]} == {(8, "fwdbwd"), (2, "fwd")}
+    assert len(result["rows"]) == 2 * len(grouping.CASES) and "LORA_KERNELS" not in str(os.environ)
+    assert "q, k, v" in blocks_table.grouping([result])
+
+
+def test_wrong_grouping_is_not_timed(monkeypatch, capsys):
+    op = layer_group.grouped_lora_linear
+    monkeypatch.setattr(
+        layer_group, "grouped_lora_linear", lambda *a, **k: [y * 1.5 for y in op(*a, **k)]
+    )
+    assert grouping.main(["--rounds", "1"]) == 1
+    assert "WRONG, not timed: qkv: together" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_peak_memory_in_processes_of_their_own(tmp_path, monkeypatch):
+    names = ("PEFT", "lora_kernels, fused loss")
+    monkeypatch.setattr(peak_memory, "PROVIDERS", {n: peak_memory.PROVIDERS[n] for n in names})
+    path = tmp_path / "record.json"
+    options = ["--layers", "1", "--batch", "1", "--sequence", "256", "--rank", "2"]
+    assert peak_memory.main([*options, "--dropout", "0", "--json", str(path)]) == 0
+    result = json.loads(path.read_text())
+    stock, fused = result["rows"]
+    logits = 255 * 49152 * 4  # of which PEFT's step holds at least one copy in fp32
+    assert stock["above_libraries_bytes"] - fused["above_libraries_bytes"] > logits
+    for a, b in zip(stock["losses"], fused["losses"], strict=True):
+        assert_within_budget(torch.tensor(b), torch.tensor(a).double(), torch.tensor(a).bfloat16())
+    assert "| lora_kernels, fused loss |" in blocks_table.memory([result])
