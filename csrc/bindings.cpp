@@ -35,8 +35,15 @@ PYBIND11_MODULE(_C, m) {
         py::arg("n"));
   m.def("lora_linear_pack_weight", &lora_linear::pack_weight, py::arg("weight"), py::arg("dtype"),
         py::arg("for_dgrad"), release());
-  m.def("lora_linear_fwd", &lora_linear::lora_linear_fwd, release());
-  m.def("lora_linear_bwd", &lora_linear::lora_linear_bwd, release());
+  m.def("lora_linear_fwd", &lora_linear::lora_linear_fwd, py::arg("x"), py::arg("packed"),
+        py::arg("out_features"), py::arg("lora_as"), py::arg("lora_bs"), py::arg("biases"),
+        py::arg("scalings"), py::arg("dropout_p"), py::arg("seed"), py::arg("shrunk") = py::none(),
+        release());
+  m.def("lora_linear_bwd", &lora_linear::lora_linear_bwd, py::arg("dys"), py::arg("x"),
+        py::arg("packed"), py::arg("lora_as"), py::arg("lora_bs"), py::arg("s"),
+        py::arg("scalings"), py::arg("dropout_p"), py::arg("seed"), py::arg("need_dx"),
+        py::arg("need_da"), py::arg("need_db"), py::arg("ds") = py::none(), release());
+  m.attr("lora_linear_given") = true;  // S and dS are taken where the caller has them
   m.attr("lora_linear_rank_zero") = true;  // members without an adapter, with dropout, too
   py::class_<quant_linear::QuantWeight, std::shared_ptr<quant_linear::QuantWeight>>(m, "QuantWeight")
       .def(py::init(&quant_linear::make_weight), py::arg("layout"), py::arg("n"), py::arg("k"),

@@ -19,6 +19,7 @@ def linear_cross_entropy_rows(
     z_loss: float,
 ) -> Tensor: ...
 lora_linear_rank_zero: bool
+lora_linear_given: bool
 
 def lora_linear_engine(dtype: torch.dtype) -> str: ...
 def lora_linear_packed_bytes(dtype: torch.dtype, k: int, n: int) -> int: ...
@@ -33,6 +34,7 @@ def lora_linear_fwd(
     scalings: list[float],
     dropout_p: float,
     seed: Tensor | None,
+    shrunk: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]: ...
 def lora_linear_bwd(
     dys: list[Tensor],
@@ -47,6 +49,7 @@ def lora_linear_bwd(
     need_dx: bool,
     need_da: bool,
     need_db: bool,
+    ds: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]: ...
 
 class QuantWeight:

@@ -104,6 +104,7 @@ class Emulator:
             job.ld_src, job.col_stride = t.stride()
             job.rows, job.cols = t.shape
             job.dst, job.ld_dst, job.dst_cols = padded.data_ptr(), *[padded.shape[1]] * 2
+            job.scale = 1.0
         self.run("pad", params)
         return results
 

@@ -49,7 +49,7 @@ Dropout = _struct(
 PadJob = _struct(
     "PadJob",
     ("src", _ptr), ("src_dtype", _i32), *_named(_i64, "ld_src col_stride rows cols"),
-    ("dst", _ptr), *_named(_i64, "ld_dst dst_cols"),
+    ("dst", _ptr), *_named(_i64, "ld_dst dst_cols"), ("scale", _f32),
 )  # fmt: skip
 PadParams = _struct("PadParams", *_named(_i32, "dtype jobs"), ("job", PadJob * MAX_PAD_JOBS))
 ShrinkMember = _struct(

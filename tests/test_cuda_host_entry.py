@@ -4,6 +4,8 @@ _cuda.so, here with the kernels in the emulator. Nothing runs on a GPU."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 
 import emulated_host_entry
 import pytest
@@ -14,9 +16,12 @@ from lora_kernels.ops.lora_linear import cuda, problem
 from lora_kernels.testing import (
     BudgetExceededError,
     check_lora_linear,
+    compare,
     lora_linear_inputs,
     lora_linear_op,
+    lora_linear_results,
     poisoned_empty,
+    yardstick,
 )
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -92,6 +97,87 @@ def test_bias_in_fp32():
     want = lora_linear_op(i, "cuda", "").ys[0]
     i.biases[0] = i.biases[0].float()
     assert torch.equal(lora_linear_op(i, "cuda", "").ys[0], want)
+
+
+def given_products(i) -> tuple[torch.Tensor, torch.Tensor]:
+    """S and dS of every member side by side."""
+    triples = zip(i.dys, i.lora_bs, i.scalings, strict=True)
+    ds = [s * (dy @ b.to(dy.dtype)) for dy, b, s in triples]
+    return torch.cat([i.x @ a.to(i.x.dtype).t() for a in i.lora_as], 1), torch.cat(ds, 1)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("ranks", [(8, 16), (3, 16)], ids=str)
+@pytest.mark.parametrize("slack", [0, 5, 8])
+def test_given_products(dtype, ranks, slack):
+    """S gives the very bits of the kernels' own S; what it and dS replace is not read. With `slack`
+    they are columns of something wider, which the kernels read in place or copy."""
+    i = lora_linear_inputs(37, 48, (40, 24), ranks, dtype, scaling=(0.7, -1.3))
+    args = [i.x, i.weights, i.lora_as, i.lora_bs, i.biases, i.scalings, 0.0, None]
+    ys, s = cuda.lora_linear_fwd(*args)
+
+    def inside(t: torch.Tensor) -> torch.Tensor:
+        wide = t.new_full((t.shape[0], t.shape[1] + slack), float("nan"))
+        return wide[:, slack:].copy_(t)
+
+    nan = [[torch.full_like(t, float("nan")) for t in ts] for ts in (i.lora_as, i.lora_bs)]
+    again, _ = cuda.lora_linear_fwd(*args[:2], nan[0], *args[3:], inside(s))
+    assert all(torch.equal(p, q) for p, q in zip(again, ys, strict=True))
+
+    s, ds = map(inside, given_products(i))
+    oracle = lora_linear_results(i, torch.float64, needs="xab")
+    low = yardstick(i, oracle, "xab")
+    args = [i.dys, i.x, i.weights, i.lora_as, nan[1], s, i.scalings, 0.0, None]
+    for needs in ((True, True, False), (True, True, True), (False, True, False)):
+        with poisoned_empty():
+            dx, das, dbs = cuda.lora_linear_bwd(*args, *needs, ds)
+        assert len(dbs) == 2 * needs[2]
+        compare(replace(oracle, ys=[], dws=[], dbiases=[], dx=dx, das=das, dbs=dbs), oracle, low)
+    dx, _, _ = cuda.lora_linear_bwd(*args, True, False, False, ds.roll(1, 0))
+    with pytest.raises(BudgetExceededError, match="dx"):
+        compare(replace(oracle, ys=[], dws=[], dbiases=[], dx=dx, das=[], dbs=[]), oracle, low)
+
+
+def test_given_products_that_do_not_fit(emulated):
+    i = lora_linear_inputs(9, 48, 40, 8, BF16)
+    s, ds = given_products(i)
+    forward = [i.x, i.weights, i.lora_as, i.lora_bs, i.biases, i.scalings, 1.0, 0, None, "auto"]
+    backward = [
+        i.dys, i.x, i.weights, i.lora_as, i.lora_bs, s, i.scalings, 1.0, 0, None,
+        True, True, False, "auto",
+    ]  # fmt: skip
+    for wrong in (s[:, :7], s[:8], s.float()):
+        with pytest.raises(RuntimeError, match="shrunk has another shape, dtype or device"):
+            emulated.lora_linear_fwd(*forward, wrong)
+    with pytest.raises(RuntimeError, match="ds has another shape, dtype or device"):
+        emulated.lora_linear_bwd(*backward, ds[:, :7])
+    forward[7:9] = [100, torch.tensor(3)]
+    with pytest.raises(RuntimeError, match="shrunk is given with dropout"):
+        emulated.lora_linear_fwd(*forward, s)
+
+
+def test_a_library_without_given_products_says_so(monkeypatch):
+    """An older _cuda.so: a given S is a reason against it, not a call that fails."""
+    monkeypatch.undo()
+    monkeypatch.setattr(loader, "device_reason", lambda: "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    shapes = {"M": 64, "K": 128, "N": 128, "dtype": "bfloat16", "device": "cuda"}
+    schema = "lora_linear_fwd(Tensor x) -> (Tensor[] ys, Tensor s)"
+    older = SimpleNamespace(
+        lora_linear_fwd=SimpleNamespace(
+            default=SimpleNamespace(_schema=torch._C.parse_schema(schema))
+        )
+    )
+    monkeypatch.setattr(loader, "load", lambda: (older, ""))
+    cuda._given_reason.cache_clear()
+    try:
+        able, why = cuda.supports(problem.LoraLinearProblem.from_shapes(**shapes, given=True))
+        assert (able, why) == (
+            False, "the CUDA library predates a given S or dS; rebuild it"
+        )  # fmt: skip
+        assert cuda.supports(problem.LoraLinearProblem.from_shapes(**shapes))[0]
+    finally:
+        cuda._given_reason.cache_clear()
 
 
 def test_what_the_entry_refuses(emulated, monkeypatch):

@@ -6,7 +6,7 @@
 // dS comes from the packed strip while it is in L1; dB and dA take the rows of the chunk as their
 // k; then dX = [dY | dS] [W ; A] for the whole group in one accumulator. dY is read from memory
 // once, dX written once. dA and dB partials are fp32 and per thread; the caller adds them in thread
-// order, so results are bitwise equal from run to run at a fixed grid.
+// order, so results are bitwise equal from run to run at a fixed grid. A given dS is packed as it is.
 #pragma once
 
 #include "masks.h"
@@ -38,7 +38,7 @@ struct BwdBuffers {
       const BwdMember& w = p.member[g];
       dy[g] = arena.take<TA>(rows * round_up(w.n, E::KR));
       ds[g] = arena.take<TA>(rows * round_up(w.rank, E::KR));
-      ds_rows[g] = arena.take<typename E::T>(rows * w.rank);
+      ds_rows[g] = arena.take<typename E::T>(p.given_ds == nullptr ? rows * w.rank : 0);
     }
     left = arena.take<TA>(round_up(widest, E::MR) * rows_k);
     panel = arena.take<typename E::TB>(E::NR * rows_k);
@@ -105,8 +105,10 @@ void bwd(const BwdParams& p, Grid grid, int thread, void* workspace) {
   const Range k_cols = share((p.k + E::NR - 1) / E::NR, part_n, grid.threads_n);
   const int64_t words = mask_words(p.k);
   const bool drops = p.dropout.threshold != 0;
-  bool need_ds = p.dx != nullptr;
-  for (int g = 0; g < p.members; ++g) need_ds = need_ds || p.member[g].da != nullptr;
+  bool need_ds = p.dx != nullptr;  // a given one is packed for dX alone
+  for (int g = 0; g < p.members && p.given_ds == nullptr; ++g) {
+    need_ds = need_ds || p.member[g].da != nullptr;
+  }
   Arena arena(workspace);
   BwdBuffers<E> buf(p, strips_per_thread<E>(p.m, grid), arena);
   for (int64_t c0 = own.begin; c0 < own.end; c0 += buf.strips) {
@@ -120,6 +122,11 @@ void bwd(const BwdParams& p, Grid grid, int thread, void* workspace) {
         const int64_t row = i * E::MR, rows = std::min<int64_t>(E::MR, p.m - row);
         TA* strip = buf.dy[g] + (i - c0) * E::MR * np;
         E::pack_a(static_cast<const T*>(w.dy) + row * w.lddy, w.lddy, rows, w.n, strip);
+        if (p.given_ds != nullptr) {
+          E::pack_a(static_cast<const T*>(p.given_ds) + row * p.ldds + w.s_column, p.ldds, rows,
+                    w.rank, buf.ds[g] + (i - c0) * E::MR * rk);
+          continue;
+        }
         multiply_strip<E>(strip, static_cast<const TB*>(w.bt_packed), np, w.rank, rows, buf.shrink,
                           ld);
         const float factor = w.scaling * p.keep_scale;
@@ -146,8 +153,13 @@ void bwd(const BwdParams& p, Grid grid, int thread, void* workspace) {
       if (w.da != nullptr) {
         float* partial = w.da + (thread / grid.threads_n) * round_up(w.rank, E::MR) *
                                     round_up(p.k, E::NV);
-        accumulate_outer<E>(buf.ds_rows[g], w.rank, static_cast<const T*>(p.x) + row0 * p.ldx,
-                            p.ldx, chunk_rows, w.rank, p.k, k_cols, drops ? buf.masks[g] : nullptr,
+        const T* ds = buf.ds_rows[g];
+        int64_t ldds = w.rank;
+        if (p.given_ds != nullptr) {
+          ds = static_cast<const T*>(p.given_ds) + row0 * p.ldds + w.s_column;
+          ldds = p.ldds;
+        }
+        accumulate_outer<E>(ds, ldds, static_cast<const T*>(p.x) + row0 * p.ldx, p.ldx, chunk_rows, w.rank, p.k, k_cols, drops ? buf.masks[g] : nullptr,
                             words, buf, partial);
       }
     }

@@ -104,6 +104,25 @@ struct AmxEngine {
       }
     }
   }
+  static void pack_a_scaled(const bf16* src, int64_t ld, int64_t rows, int64_t k, float factor,
+                            bf16* dst) {
+    const __m512 f = _mm512_set1_ps(factor);
+    const auto scaled = [f](__m256i half) {
+      const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+      return _mm512_mul_ps(reinterpret_cast<__m512>(wide), f);
+    };
+    for (int64_t k0 = 0; k0 < k; k0 += 32, dst += 1024) {
+      for (int64_t i = 0; i < rows; ++i) {
+        const __m512i v = load_bf16x32(src + i * ld + k0, k - k0);
+        const __m512 lo = scaled(_mm512_castsi512_si256(v));
+        const __m512 hi = scaled(_mm512_extracti64x4_epi64(v, 1));
+        _mm512_store_si512(dst + i * 32, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(hi, lo)));
+      }
+      for (int64_t i = rows; i < MR; ++i) {
+        _mm512_store_si512(dst + i * 32, _mm512_setzero_si512());
+      }
+    }
+  }
   static void pack_a_t(const bf16* src, int64_t ld, int64_t rows, int64_t k, bf16* dst) {
     for (int64_t k0 = 0; k0 < k; k0 += 32, dst += 1024) {
       const int64_t kn = k - k0 < 32 ? k - k0 : 32;

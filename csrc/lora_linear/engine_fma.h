@@ -5,8 +5,8 @@
 // micro kernel keeps MR x 3 accumulators, 3 vectors of B and 1 broadcast of A in registers.
 // Packed A strip: fp32 [k][MR]. Packed B strip (width 3, 2 or 1 vectors): element type [k][width].
 // Numerics: fp32 products and accumulation over the whole k (x and LoRA term in one accumulator),
-// operands of lower precision widened exactly, one rounding at the store. The LoRA factor S stays
-// fp32 inside the forward.
+// operands of lower precision widened exactly, one rounding at the store. S is rounded as it is
+// saved, and scaled in fp32.
 #pragma once
 
 #include <type_traits>
@@ -85,6 +85,11 @@ struct FmaEngine {
         dst[kk * MR + i] = i < rows ? src[i * ld + kk] * factor : 0.0f;
       }
     }
+  }
+  static void pack_a_scaled(const T* src, int64_t ld, int64_t rows, int64_t k, float factor,
+                            float* dst) {
+    pack_a(src, ld, rows, k, dst);
+    for (int64_t e = 0; e < k * MR; ++e) dst[e] *= factor;
   }
   static void pack_a_t(const T* src, int64_t ld, int64_t rows, int64_t k, float* dst) {
     for (int64_t kk = 0; kk < k; ++kk) {

@@ -4,7 +4,8 @@
 //
 // A thread owns a range of row strips (and of columns). Per chunk of rows: X is packed, S comes
 // from the packed strip while it is in L1, then Y = [X | s S] [W | B]^T in one accumulator. X is
-// read once, S and Y are written once. A member of rank 0 is a layer without an adapter.
+// read once, S and Y are written once. The update is that of S as it is stored, so a given S takes
+// the place of its product without changing a bit of Y. A member of rank 0 is a layer without an adapter.
 #pragma once
 
 #include "masks.h"
@@ -17,6 +18,7 @@ template <class E>
 struct FwdBuffers {
   int64_t strips;  // per chunk
   typename E::TA *x, *dropped, *s[kMaxGroup];
+  typename E::T* s_rows;  // of one strip and member, where another thread writes S
   float *shrink, *sums;
   typename E::Tail tail;
   uint32_t* masks;  // of one strip and member
@@ -30,6 +32,7 @@ struct FwdBuffers {
       s[g] = arena.take<typename E::TA>(strips * E::MR * round_up(p.member[g].rank, E::KR));
       widest = std::max(widest, round_up(p.member[g].rank, E::NV));
     }
+    s_rows = arena.take<typename E::T>(E::MR * widest);
     shrink = arena.take<float>(E::MR * widest);
     sums = arena.take<float>(panel_floats<E>(strips, kp + round_up(widest, E::KR)));
     for (float*& tile : tail.tiles) tile = arena.take<float>(E::MR * E::NR);
@@ -59,23 +62,28 @@ void fwd(const FwdParams& p, Grid grid, int thread, void* workspace) {
       E::pack_a(static_cast<const T*>(p.x) + row * p.ldx, p.ldx, rows, p.k, strip);
       for (int g = 0; g < p.members; ++g) {
         const FwdMember& w = p.member[g];
+        TA* s_strip = buf.s[g] + (i - c0) * E::MR * round_up(w.rank, E::KR);
+        if (p.given_s != nullptr) {
+          E::pack_a_scaled(static_cast<const T*>(p.given_s) + row * p.lds + w.s_column, p.lds, rows,
+                           w.rank, w.scaling, s_strip);
+          continue;
+        }
         const TA* input = strip;
         if (p.dropout.threshold != 0 && w.rank != 0) {
           make_masks(p.dropout, row, rows, p.k, static_cast<uint32_t>(g), buf.masks);
           E::mask_a(strip, rows, p.k, buf.masks, mask_words(p.k), buf.dropped);
           input = buf.dropped;
         }
-        const int64_t ld = round_up(w.rank, E::NV), rk = round_up(w.rank, E::KR);
+        const int64_t ld = round_up(w.rank, E::NV);
         multiply_strip<E>(input, static_cast<const TB*>(w.a_packed), kp, w.rank, rows, buf.shrink,
                           ld);
         if (p.keep_scale != 1.0f) {
           for (int64_t e = 0; e < rows * ld; ++e) buf.shrink[e] *= p.keep_scale;
         }
-        if (part_n == 0) {
-          E::store(buf.shrink, ld, rows, w.rank, nullptr,
-                   static_cast<T*>(p.s) + row * p.lds + w.s_column, p.lds);
-        }
-        E::pack_a_f32(buf.shrink, ld, rows, w.rank, w.scaling, buf.s[g] + (i - c0) * E::MR * rk);
+        T* s = part_n == 0 ? static_cast<T*>(p.s) + row * p.lds + w.s_column : buf.s_rows;
+        const int64_t lds = part_n == 0 ? p.lds : ld;
+        E::store(buf.shrink, ld, rows, w.rank, nullptr, s, lds);
+        E::pack_a_scaled(s, lds, rows, w.rank, w.scaling, s_strip);
       }
     }
     for (int g = 0; g < p.members; ++g) {

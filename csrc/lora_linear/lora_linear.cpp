@@ -145,6 +145,17 @@ at::Tensor reduce_partials(const at::Tensor& partials, int64_t rank, int64_t col
   return dtype == at::kFloat ? out : out.to(dtype);
 }
 
+// S or dS of the caller as the engines read it.
+at::Tensor given(const at::Tensor& t, const char* name, at::ScalarType dtype, int64_t m,
+                 int64_t ranks, double dropout_p) {
+  TORCH_CHECK(t.dim() == 2 && t.size(0) == m && t.size(1) == ranks && t.scalar_type() == dtype,
+              "lora_linear (cpu): ", name, " is ", t.scalar_type(), " ", t.sizes(), "; accepted: ",
+              dtype, " [", m, ", ", ranks, "]");
+  TORCH_CHECK(dropout_p == 0.0, "lora_linear (cpu): ", name,
+              " is given with dropout; accepted: dropout_p=0");
+  return readable(t, dtype);
+}
+
 }  // namespace
 
 std::string engine_name(at::ScalarType dtype) {
@@ -176,8 +187,8 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> lora_linear_fwd(
     const at::Tensor& x_in, const std::vector<at::Tensor>& packed,
     const std::vector<int64_t>& out_features, const std::vector<at::Tensor>& lora_as,
     const std::vector<at::Tensor>& lora_bs, const std::vector<std::optional<at::Tensor>>& biases,
-    const std::vector<double>& scalings, double dropout_p,
-    const std::optional<at::Tensor>& seed) {
+    const std::vector<double>& scalings, double dropout_p, const std::optional<at::Tensor>& seed,
+    const std::optional<at::Tensor>& shrunk) {
   const at::ScalarType dtype = x_in.scalar_type();
   const at::Tensor x = readable(x_in, dtype);
   const Engine& e = engine_for(dtype_of(x));
@@ -207,22 +218,29 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> lora_linear_fwd(
     ys.push_back(at::empty({p.m, w.n}, x.options()));
     w.y = ys.back().mutable_data_ptr();
     w.ldy = w.n;
-    operands.push_back({readable(lora_as[g], dtype), p.k, w.rank, true, nullptr});
+    if (!shrunk) operands.push_back({readable(lora_as[g], dtype), p.k, w.rank, true, nullptr});
     operands.push_back({readable(lora_bs[g], dtype), w.rank, w.n, true, nullptr});
     ranks += w.rank;
     columns += w.n;
   }
-  at::Tensor s = at::empty({p.m, ranks}, x.options());
+  at::Tensor s;
   p.x = x.const_data_ptr();
   p.ldx = row_stride(x);
-  p.s = s.mutable_data_ptr();
-  p.lds = ranks;
-  const Grid grid = choose_grid(e, p.m, p.k, columns, ranks);
+  if (shrunk) {
+    s = given(*shrunk, "shrunk", dtype, p.m, ranks, dropout_p);
+    p.given_s = s.const_data_ptr();
+    p.lds = row_stride(s);
+  } else {
+    s = at::empty({p.m, ranks}, x.options());
+    p.s = s.mutable_data_ptr();
+    p.lds = ranks;
+  }
+  const Grid grid = choose_grid(e, p.m, p.k, columns, shrunk ? 0 : ranks);
   const int threads = grid.threads_m * grid.threads_n;
   const std::shared_ptr<void> block = pack_all(e, operands, threads);
   for (int g = 0; g < p.members; ++g) {
-    p.member[g].a_packed = operands[2 * g].packed;
-    p.member[g].b_packed = operands[2 * g + 1].packed;
+    if (!shrunk) p.member[g].a_packed = operands[2 * g].packed;
+    p.member[g].b_packed = operands[shrunk ? g : 2 * g + 1].packed;
   }
   const int64_t bytes = e.fwd_workspace(p, grid);
   run_threads(threads, [&](int t) { e.fwd(p, grid, t, cpu::thread_workspace(bytes)); });
@@ -234,7 +252,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_li
     const std::vector<at::Tensor>& packed, const std::vector<at::Tensor>& lora_as,
     const std::vector<at::Tensor>& lora_bs, const at::Tensor& s_in,
     const std::vector<double>& scalings, double dropout_p, const std::optional<at::Tensor>& seed,
-    bool need_dx, bool need_da, bool need_db) {
+    bool need_dx, bool need_da, bool need_db, const std::optional<at::Tensor>& ds) {
   const at::ScalarType dtype = x_in.scalar_type();
   const at::Tensor x = readable(x_in, dtype), s = readable(s_in, dtype);
   const Engine& e = engine_for(dtype_of(x));
@@ -263,7 +281,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_li
       w.w_packed = packed[g].const_data_ptr();
     }
     operands.push_back({readable(lora_as[g], dtype), w.rank, p.k, false, nullptr});
-    operands.push_back({readable(lora_bs[g], dtype), w.n, w.rank, false, nullptr});
+    if (!ds) operands.push_back({readable(lora_bs[g], dtype), w.n, w.rank, false, nullptr});
     ranks += w.rank;
     columns += w.n;
   }
@@ -271,6 +289,12 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_li
   p.ldx = row_stride(x);
   p.s = s.const_data_ptr();
   p.lds = row_stride(s);
+  at::Tensor ds_rows;
+  if (ds) {
+    ds_rows = given(*ds, "ds", dtype, p.m, ranks, dropout_p);
+    p.given_ds = ds_rows.const_data_ptr();
+    p.ldds = row_stride(ds_rows);
+  }
   at::Tensor dx = at::empty({need_dx ? p.m : 0, need_dx ? p.k : 0}, x.options());
   if (need_dx) {
     p.dx = dx.mutable_data_ptr();
@@ -278,7 +302,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_li
   } else {
     dx = at::empty({0}, x.options());
   }
-  const Grid grid = choose_grid(e, p.m, columns, p.k, ranks);
+  const Grid grid = choose_grid(e, p.m, columns, p.k, ds ? 0 : ranks);
   const int threads = grid.threads_m * grid.threads_n;
   std::vector<at::Tensor> da_partials, db_partials;
   for (int g = 0; g < p.members; ++g) {
@@ -298,8 +322,8 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_li
   }
   const std::shared_ptr<void> block = pack_all(e, operands, threads);
   for (int g = 0; g < p.members; ++g) {
-    p.member[g].a_packed = operands[2 * g].packed;
-    p.member[g].bt_packed = operands[2 * g + 1].packed;
+    p.member[g].a_packed = operands[ds ? g : 2 * g].packed;
+    if (!ds) p.member[g].bt_packed = operands[2 * g + 1].packed;
   }
   const int64_t bytes = e.bwd_workspace(p, grid);
   run_threads(threads, [&](int t) { e.bwd(p, grid, t, cpu::thread_workspace(bytes)); });

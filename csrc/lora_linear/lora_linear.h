@@ -17,7 +17,7 @@ constexpr int kMaxGroup = 8;
 // One member of a group in the forward: Y = X W^T + bias + scaling * S B^T, S = drop(X) A^T.
 struct FwdMember {
   const void* w_packed;  // k = K, n = N
-  const void* a_packed;  // k = K, n = rank
+  const void* a_packed;  // k = K, n = rank; not read where S is given
   const void* b_packed;  // k = rank, n = N
   const float* bias;     // [N] or null
   void* y;               // [M, N]
@@ -31,8 +31,9 @@ struct FwdMember {
 struct FwdParams {
   const void* x;  // [M, K]
   int64_t ldx;
-  void* s;  // [M, sum of ranks]
-  int64_t lds;
+  const void* given_s;  // [M, sum of ranks]; null: S is computed and written to `s`
+  void* s;              // [M, sum of ranks]; null where S is given
+  int64_t lds;          // of either
   int64_t m;
   int64_t k;
   int members;
@@ -45,7 +46,7 @@ struct FwdParams {
 struct BwdMember {
   const void* w_packed;   // k = N, n = K
   const void* a_packed;   // k = rank, n = K
-  const void* bt_packed;  // k = N, n = rank
+  const void* bt_packed;  // k = N, n = rank; not read where dS is given
   const void* dy;         // [M, N]
   int64_t lddy;
   int64_t n;
@@ -61,6 +62,8 @@ struct BwdParams {
   int64_t ldx;
   const void* s;  // [M, sum of ranks]; read for dB only
   int64_t lds;
+  const void* given_ds;  // [M, sum of ranks], without dropout; null: dS is computed
+  int64_t ldds;
   void* dx;  // [M, K]; null: not needed
   int64_t lddx;
   int64_t m;

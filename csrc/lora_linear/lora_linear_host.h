@@ -1,6 +1,7 @@
 // Host entries of lora_linear on the CPU, as bound to Python. 2-D tensors; formulas:
 // lora_kernels/ops/lora_linear/reference.py. `packed` weights come from pack_weight with the same
-// compute dtype and the same active instruction set.
+// compute dtype and the same active instruction set. A given S (`shrunk`) or dS is [M, sum of
+// ranks] in the dtype of x, without dropout.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -22,13 +23,14 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> lora_linear_fwd(
     const at::Tensor& x, const std::vector<at::Tensor>& packed,
     const std::vector<int64_t>& out_features, const std::vector<at::Tensor>& lora_as,
     const std::vector<at::Tensor>& lora_bs, const std::vector<std::optional<at::Tensor>>& biases,
-    const std::vector<double>& scalings, double dropout_p, const std::optional<at::Tensor>& seed);
+    const std::vector<double>& scalings, double dropout_p, const std::optional<at::Tensor>& seed,
+    const std::optional<at::Tensor>& shrunk);
 
 std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_linear_bwd(
     const std::vector<at::Tensor>& dys, const at::Tensor& x,
     const std::vector<at::Tensor>& packed, const std::vector<at::Tensor>& lora_as,
     const std::vector<at::Tensor>& lora_bs, const at::Tensor& s,
     const std::vector<double>& scalings, double dropout_p, const std::optional<at::Tensor>& seed,
-    bool need_dx, bool need_da, bool need_db);
+    bool need_dx, bool need_da, bool need_db, const std::optional<at::Tensor>& ds);
 
 }  // namespace lora_kernels::lora_linear

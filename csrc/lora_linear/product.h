@@ -6,7 +6,8 @@
 // An engine E gives: T (element), TA, TB (packed elements), MR, NR, NV, KR, the
 // blocks ROWS, COLUMNS, K_BLOCK, and
 //   pack_a(src, ld, rows, k, dst)                     strip of MR rows from row-major [rows, k]
-//   pack_a_f32(src, ld, rows, k, factor, dst)         the same from fp32, times factor
+//   pack_a_scaled(src, ld, rows, k, factor, dst)      the same, times factor
+//   pack_a_f32(src, ld, rows, k, factor, dst)         the same from fp32
 //   pack_a_t(src, ld, rows, k, dst)                   the same from [k, rows]
 //   mask_a(strip, k, masks, ldmask, dst)              copy of a strip, dropped elements zero
 //   pack_b_rows<Src>(src, ld, k, n, width, masks, n0, ldmask, dst)  one strip of B from [k, n];

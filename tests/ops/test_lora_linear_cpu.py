@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,9 +18,12 @@ from lora_kernels.ops.lora_linear import packing
 from lora_kernels.testing import (
     LAYOUTS,
     check_lora_linear,
+    compare,
     lora_linear_inputs,
     lora_linear_op,
+    lora_linear_results,
     poisoned_empty,
+    yardstick,
 )
 
 library, reason = cpu.load()
@@ -78,6 +82,43 @@ def test_every_isa(isa, dtype, m, k, n, r, dropout_p):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_on_every_isa(isa, dtype, layout):
     check((3, 11), 70, (45, 18), (12, 5), dtype, layout=layout, adapter_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [20, 301])
+def test_given_products_on_every_isa(isa, threads, dtype, m):
+    """S as the library saves it gives the same bits, also where threads share out the columns; dS
+    stays within the budget."""
+    torch.set_num_threads(2)
+    i = lora_linear_inputs(m, 300, (400, 90), (16, 5), dtype, scaling=(0.7, -1.3))
+    packed = [
+        [packing.packed_weight(w, dtype, dgrad) for w in i.weights] for dgrad in (False, True)
+    ]
+    args = [i.x, packed[0], [400, 90], i.lora_as, i.lora_bs, i.biases, i.scalings, 0.0, None]
+    ys, s = library.lora_linear_fwd(*args)
+    again, _ = library.lora_linear_fwd(*args, s)
+    assert all(torch.equal(p, q) for p, q in zip(again, ys, strict=True))
+    ds = torch.cat([c * (d @ b) for d, b, c in zip(i.dys, i.lora_bs, i.scalings, strict=True)], 1)
+    dx, das, dbs = library.lora_linear_bwd(
+        i.dys, i.x, packed[1], i.lora_as, i.lora_bs, s, i.scalings, 0.0, None, True, True, False, ds
+    )
+    oracle = lora_linear_results(i, torch.float64, needs="xab")
+    part = replace(oracle, ys=[], dbs=[], dws=[], dbiases=[], dx=dx, das=das)
+    compare(part, oracle, yardstick(i, oracle, "xab"))
+    assert not dbs
+
+
+def test_given_products_that_do_not_fit_are_refused():
+    i = lora_linear_inputs(9, 20, 33, 4, torch.bfloat16)
+    args = [i.x, [packing.packed_weight(i.weights[0], torch.bfloat16, False)], [33], i.lora_as]
+    args += [i.lora_bs, i.biases, i.scalings, 0.0, None]
+    s = i.x @ i.lora_as[0].t()
+    for wrong in (s[:, :3], s[:8], s.float(), s[0]):
+        with pytest.raises(RuntimeError, match=r"shrunk is .*; accepted: BFloat16 "):
+            library.lora_linear_fwd(*args, wrong)
+    args[-2:] = [0.5, torch.tensor(3)]
+    with pytest.raises(RuntimeError, match="shrunk is given with dropout"):
+        library.lora_linear_fwd(*args, s)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

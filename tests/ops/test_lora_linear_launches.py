@@ -64,22 +64,24 @@ def arguments(n: tuple[int, ...], adapter: torch.dtype, bias: bool):
     return i, s
 
 
-def forward(n, adapter=torch.bfloat16, bias=True) -> list[str]:
-    i, _ = arguments(n, adapter, bias)
+def forward(n, adapter=torch.bfloat16, bias=True, given=False) -> list[str]:
+    i, s = arguments(n, adapter, bias)
     return launches(
         lambda: aten.lora_linear_fwd(
-            i.x, i.weights, i.lora_as, i.lora_bs, i.biases, i.scalings, 0.0, None
+            i.x, i.weights, i.lora_as, i.lora_bs, i.biases, i.scalings, 0.0, None,
+            s if given else None,
         )
-    )
+    )  # fmt: skip
 
 
-def backward(n, adapter=torch.bfloat16, needs=(True, True, True)) -> list[str]:
+def backward(n, adapter=torch.bfloat16, needs=(True, True, True), given=False) -> list[str]:
     i, s = arguments(n, adapter, True)
     return launches(
         lambda: aten.lora_linear_bwd(
-            i.dys, i.x, i.weights, i.lora_as, i.lora_bs, s, i.scalings, 0.0, None, *needs
+            i.dys, i.x, i.weights, i.lora_as, i.lora_bs, s, i.scalings, 0.0, None, *needs,
+            s if given else None,
         )
-    )
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -113,6 +115,15 @@ def test_backward_of_a_group():
 )
 def test_what_is_not_needed_is_not_launched(needs, count):
     assert len(backward((33,), needs=needs)) == count
+
+
+def test_given_products_are_not_launched():
+    needs = (True, True, False)
+    for n in ((33,), (33, 20, 8)):
+        joins = 1 if len(n) > 1 else 0
+        assert len(forward(n, given=True)) == len(forward(n)) - 1 - joins
+        assert len(backward(n, needs=needs, given=True)) == len(backward(n, needs=needs)) - len(n)
+    assert forward((33,), given=True) == ["addmm", "addmm_"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -50,8 +50,11 @@ class Case:
         return f"{self.target}-r{self.rank}-{len(self.N)}x-{kind}-p{self.dropout_p}-K{self.K}"
 
 
-def run(case: Case, monkeypatch: Any, stand_in: Any, found: list[Any]) -> configs.Target:
-    """Forward and backward of a case on kernels replaced by `stand_in`, no element ever touched."""
+def run(
+    case: Case, monkeypatch: Any, stand_in: Any, found: list[Any], given: bool = False
+) -> configs.Target:
+    """Forward and backward of a case on kernels replaced by `stand_in`, no element ever touched;
+    `given`: with S and dS of the caller, and no dB."""
     target = configs.target(case.target, ahead_of_time.TARGETS[case.target][1])
     stand_ins = [stand_in(kernel, found) for kernel in KERNELS]
     kernels = host._Kernels(*stand_ins, TensorDescriptor, False)
@@ -63,9 +66,24 @@ def run(case: Case, monkeypatch: Any, stand_in: Any, found: list[Any]) -> config
     lbs = [torch.empty(n, case.rank, dtype=case.adapter) for n in case.N]
     biases = [torch.empty(n, dtype=case.dtype) for n in case.N]
     seed = torch.zeros((), dtype=torch.int64)
-    ys, s = host.lora_linear_fwd(x, ws, las, lbs, biases, [0.5] * len(ws), case.dropout_p, seed)
+    product = x.new_empty(case.M, case.rank * len(ws)) if given else None
+    ys, s = host.lora_linear_fwd(
+        x, ws, las, lbs, biases, [0.5] * len(ws), case.dropout_p, seed, product
+    )
     host.lora_linear_bwd(
-        ys, x, ws, las, lbs, s, [0.5] * len(ws), case.dropout_p, seed, True, True, True
+        ys,
+        x,
+        ws,
+        las,
+        lbs,
+        s,
+        [0.5] * len(ws),
+        case.dropout_p,
+        seed,
+        True,
+        True,
+        not given,
+        product,
     )
     return target
 
@@ -249,6 +267,20 @@ def test_defaults(compile_case, case):
     assert_fits(found, target)
     assert_units(found, case)
     assert_launchable(found)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_given_s_and_ds_leave_the_gemms_and_da(target, monkeypatch):
+    """dS of a member has the rows of the whole group's; the other launches are compiled above."""
+    ahead_of_time.compile_for(target)
+    found: list[ahead_of_time.Launch] = []
+    case = Case(target, N=QKV)
+    where = run(case, monkeypatch, ahead_of_time.Collector, found, given=True)
+    names = [launch.name.partition("_")[0] for launch in found]
+    assert names == ["gemm", "gemm", "gemm", "da", "sum", "gemm"]
+    made = [found[3].compile()]
+    assert_fits(made, where)
+    assert_units(made, case)
 
 
 @pytest.mark.slow

@@ -33,9 +33,12 @@ from lora_kernels.testing import (
     BudgetExceededError,
     LoraLinearInputs,
     check_lora_linear,
+    compare,
     lora_linear_inputs,
     lora_linear_op,
+    lora_linear_results,
     poisoned_empty,
+    yardstick,
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -343,6 +346,41 @@ def test_run_to_run_bitwise():
     i = lora_linear_inputs(70, 136, (72, 40), (16, 5), torch.bfloat16, dropout_p=0.1)
     first, second = (lora_linear_op(i, "triton").named() for _ in range(2))
     assert all(torch.equal(t, second[name]) for name, t in first.items())
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("slack", [0, 3])
+def test_given_s_and_ds_take_the_place_of_their_passes(dtype, slack, launches):
+    """S of the kernels gives the same bits, without A; dS goes without B. Both may be slices."""
+    i = lora_linear_inputs(37, 72, (40, 45), (16, 3), dtype, scaling=(0.7, -1.3))
+    ys, s = host.lora_linear_fwd(
+        i.x, i.weights, i.lora_as, i.lora_bs, i.biases, i.scalings, 0.0, None
+    )
+    ds = torch.cat([c * (d @ b) for d, b, c in zip(i.dys, i.lora_bs, i.scalings, strict=True)], 1)
+
+    def inside(t: torch.Tensor) -> torch.Tensor:
+        wide = t.new_full((t.shape[0], t.shape[1] + slack), float("nan"))
+        return wide[:, slack:].copy_(t)
+
+    nan = [[torch.full_like(t, float("nan")) for t in ts] for ts in (i.lora_as, i.lora_bs)]
+    launches.clear()
+    with poisoned_empty():
+        again, _ = host.lora_linear_fwd(
+            i.x, i.weights, nan[0], i.lora_bs, i.biases, i.scalings, 0.0, None, inside(s)
+        )
+    assert [name.partition("_")[0] for name, _ in launches] == ["gemm", "gemm"]
+    assert all(torch.equal(p, q) for p, q in zip(again, ys, strict=True))
+    oracle = lora_linear_results(i, torch.float64, needs="xab")
+    low = yardstick(i, oracle, "xab")
+    for need_db in (False, True):
+        launches.clear()
+        with poisoned_empty():
+            dx, das, dbs = host.lora_linear_bwd(
+                i.dys, i.x, i.weights, i.lora_as, nan[1], inside(s), i.scalings, 0.0, None,
+                True, True, need_db, inside(ds),
+            )  # fmt: skip
+        assert [name for name, _ in launches].count("dy_pass") == 2 * need_db
+        compare(replace(oracle, ys=[], dws=[], dbiases=[], dx=dx, das=das, dbs=dbs), oracle, low)
 
 
 @pytest.mark.parametrize("needs", ["", "x", "a", "b", "ab", "xb", "wc"])

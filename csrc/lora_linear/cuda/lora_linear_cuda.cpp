@@ -4,6 +4,7 @@
 // crash on is checked again.
 //
 // Forward:  [pad]  shrink  GEMM.   Backward:  [pad]  one pass over dY  dA  GEMM.
+// A given S is scaled by pad, without a shrink; a given dS leaves the pass over dY to dB alone.
 // Everything runs on the current stream of x's device, allocates through torch and never waits for
 // the device, so a call can be captured into a graph.
 #include <tuple>
@@ -101,13 +102,26 @@ void check_group(const Matrix& x, const std::vector<Matrix>& w, const std::vecto
   }
 }
 
+// S or dS of the caller, [M, sum of ranks].
+std::optional<Matrix> given(const std::optional<Tensor>& t, const char* name, const Matrix& x,
+                            int64_t ranks, int64_t threshold) {
+  if (!t.has_value()) return std::nullopt;
+  const Matrix m = as_matrix(*t, name);
+  if (m.rows != x.rows || m.columns != ranks || t->scalar_type() != x.tensor.scalar_type() ||
+      !on_device(*t) || t->get_device_index() != x.tensor.get_device_index()) {
+    fail(std::string("lora_linear: ") + name + " has another shape, dtype or device than x asks for");
+  }
+  if (threshold != 0) fail(std::string("lora_linear: ") + name + " is given with dropout");
+  return m;
+}
+
 std::tuple<std::vector<Tensor>, Tensor> forward(Tensor x_in, std::vector<Tensor> weights,
                                                 std::vector<Tensor> lora_as,
                                                 std::vector<Tensor> lora_bs,
                                                 std::vector<std::optional<Tensor>> biases,
                                                 std::vector<double> scalings, double keep_scale,
                                                 int64_t threshold, std::optional<Tensor> seed,
-                                                std::string gemm) {
+                                                std::string gemm, std::optional<Tensor> shrunk) {
   const Place place(x_in);
   const Matrix x = as_matrix(x_in, "x");
   const std::vector<Matrix> w = as_matrices(weights, "weight"), a = as_matrices(lora_as, "lora_a"),
@@ -117,43 +131,53 @@ std::tuple<std::vector<Tensor>, Tensor> forward(Tensor x_in, std::vector<Tensor>
   const size_t members = w.size();
   const Dtype dtype = dtype_of(x_in, "x");
   const Ranks ranks(a);
+  const std::optional<Matrix> given_s = given(shrunk, "shrunk", x, ranks.sum, threshold);
 
+  Tensor s = stable::empty(x.tensor, {given_s ? 0 : x.rows, ranks.sum});
+  Tensor scaled_s = stable::empty(x.tensor, {x.rows, ranks.padded_sum});
+  char* const scaled_data = static_cast<char*>(scaled_s.mutable_data_ptr());
   Pads pads(x.tensor, dtype);
   std::vector<Operand> pa, pb;
   for (size_t g = 0; g < members; ++g) {
-    pa.push_back(pads.add(a[g], 0, a[g].columns));
     pb.push_back(pads.add(b[g], 0, b[g].columns));
+    if (!given_s) {
+      pa.push_back(pads.add(a[g], 0, a[g].columns));
+    } else {
+      pads.copy(*given_s, ranks.column[g], ranks.rank[g], static_cast<float>(scalings[g]),
+                scaled_data + 2 * ranks.padded_column[g], ranks.padded_sum);
+    }
   }
   pads.launch(place.stream);
 
-  Tensor s = stable::empty(x.tensor, {x.rows, ranks.sum});
-  Tensor scaled_s = stable::empty(x.tensor, {x.rows, ranks.padded_sum});
-  ShrinkParams shrink{};
-  shrink.dtype = dtype;
-  shrink.x = x.data;
-  shrink.ldx = x.ld;
-  shrink.m = x.rows;
-  shrink.k = x.columns;
-  shrink.members = static_cast<int>(members);
-  for (size_t g = 0; g < members; ++g) {
-    shrink.member[g] = {pa[g].data,
-                        pa[g].ld,
-                        ranks.rank[g],
-                        ranks.column[g],
-                        ranks.padded_column[g],
-                        static_cast<float>(scalings[g])};
+  Tensor space = stable::empty(x.tensor, {0});
+  if (!given_s) {
+    ShrinkParams shrink{};
+    shrink.dtype = dtype;
+    shrink.x = x.data;
+    shrink.ldx = x.ld;
+    shrink.m = x.rows;
+    shrink.k = x.columns;
+    shrink.members = static_cast<int>(members);
+    for (size_t g = 0; g < members; ++g) {
+      shrink.member[g] = {pa[g].data,
+                          pa[g].ld,
+                          ranks.rank[g],
+                          ranks.column[g],
+                          ranks.padded_column[g],
+                          static_cast<float>(scalings[g])};
+    }
+    shrink.s = s.mutable_data_ptr();
+    shrink.lds = ranks.sum;
+    shrink.scaled_s = scaled_data;
+    shrink.ld_scaled = ranks.padded_sum;
+    shrink.keep_scale = static_cast<float>(keep_scale);
+    shrink.dropout = make_dropout(threshold, seed);
+    shrink.sm_count = place.sm_count;
+    space = stable::workspace(x.tensor, shrink_workspace(shrink));
+    shrink.workspace = space.mutable_data_ptr();
+    require(check(shrink));
+    check_launch(launch_shrink(shrink, place.stream), "shrink");
   }
-  shrink.s = s.mutable_data_ptr();
-  shrink.lds = ranks.sum;
-  shrink.scaled_s = scaled_s.mutable_data_ptr();
-  shrink.ld_scaled = ranks.padded_sum;
-  shrink.keep_scale = static_cast<float>(keep_scale);
-  shrink.dropout = make_dropout(threshold, seed);
-  shrink.sm_count = place.sm_count;
-  Tensor shrink_space = stable::workspace(x.tensor, shrink_workspace(shrink));
-  shrink.workspace = shrink_space.mutable_data_ptr();
-  require(check(shrink));
-  check_launch(launch_shrink(shrink, place.stream), "shrink");
 
   GemmParams params{};
   params.dtype = dtype;
@@ -175,7 +199,7 @@ std::tuple<std::vector<Tensor>, Tensor> forward(Tensor x_in, std::vector<Tensor>
     }
     problem.first_term = static_cast<int>(2 * g);
     problem.terms = 2;
-    const char* scaled = static_cast<const char*>(shrink.scaled_s) + 2 * ranks.padded_column[g];
+    const char* scaled = scaled_data + 2 * ranks.padded_column[g];
     params.term[2 * g] = {scaled, ranks.padded_sum, pb[g].data, pb[g].ld, ranks.rank[g], -1};
     params.term[2 * g + 1] = {x.data, x.ld, w[g].data, w[g].ld, x.columns, -1};
   }
@@ -187,7 +211,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> backward(
     std::vector<Tensor> dys_in, Tensor x_in, std::vector<Tensor> weights,
     std::vector<Tensor> lora_as, std::vector<Tensor> lora_bs, Tensor s_in,
     std::vector<double> scalings, double keep_scale, int64_t threshold, std::optional<Tensor> seed,
-    bool need_dx, bool need_da, bool need_db, std::string gemm) {
+    bool need_dx, bool need_da, bool need_db, std::string gemm, std::optional<Tensor> ds_in) {
   const Place place(x_in);
   const Matrix x = as_matrix(x_in, "x"), s = as_matrix(s_in, "s");
   const std::vector<Matrix> w = as_matrices(weights, "weight"), a = as_matrices(lora_as, "lora_a"),
@@ -200,8 +224,19 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> backward(
   require(s.rows == x.rows && s.columns == ranks.sum && dtype_of(s_in, "s") == dtype,
           "s has another shape or dtype than forward gave it");
   const Dropout dropout = make_dropout(threshold, seed);
+  const std::optional<Matrix> given_ds = given(ds_in, "ds", x, ranks.sum, threshold);
   const bool need_ds = need_dx || need_da;
+  const bool make_ds = need_ds && !given_ds;
+  // One that lies as the kernels want it is read in place.
+  const bool in_place = given_ds && ranks.sum == ranks.padded_sum &&
+                        aligned16(given_ds->data, given_ds->ld);
 
+  const Tensor none = stable::empty(x.tensor, {0});
+  Tensor own_ds =
+      need_ds && !in_place ? stable::empty(x.tensor, {x.rows, ranks.padded_sum}) : none;
+  const char* const ds_data =
+      static_cast<const char*>(in_place ? given_ds->data : own_ds.const_data_ptr());
+  const int64_t ldds = in_place ? given_ds->ld : ranks.padded_sum;
   Pads pads(x.tensor, dtype);
   std::vector<Operand> pa(members), pb(members), ps(members);
   for (size_t g = 0; g < members; ++g) {
@@ -209,15 +244,17 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> backward(
         dy[g].rows == x.rows && dy[g].columns == w[g].rows && dtype_of(dys_in[g], "dy") == dtype,
         "dy has another shape or dtype than y");
     if (need_dx) pa[g] = pads.add(a[g], 0, a[g].columns);
-    if (need_ds) pb[g] = pads.add(b[g], 0, b[g].columns);
+    if (make_ds) pb[g] = pads.add(b[g], 0, b[g].columns);
+    if (need_ds && given_ds && !in_place) {
+      pads.copy(*given_ds, ranks.column[g], ranks.rank[g], 1.0f,
+                static_cast<char*>(own_ds.mutable_data_ptr()) + 2 * ranks.padded_column[g], ldds);
+    }
     if (need_db) ps[g] = pads.add(s, ranks.column[g], ranks.rank[g]);
   }
   pads.launch(place.stream);
 
-  const Tensor none = stable::empty(x.tensor, {0});
-  Tensor ds = need_ds ? stable::empty(x.tensor, {x.rows, ranks.padded_sum}) : none;
   std::vector<Tensor> das, dbs;
-  if (need_ds || need_db) {
+  if (make_ds || need_db) {
     DyPassParams pass{};
     pass.dtype = dtype;
     pass.m = x.rows;
@@ -241,7 +278,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> backward(
         member.db_dtype = dtype_of(dbs.back(), "lora_b");
       }
     }
-    pass.ds = need_ds ? ds.mutable_data_ptr() : nullptr;
+    pass.ds = make_ds ? own_ds.mutable_data_ptr() : nullptr;
     pass.ldds = ranks.padded_sum;
     pass.keep_scale = static_cast<float>(keep_scale);
     pass.sm_count = place.sm_count;
@@ -255,8 +292,8 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> backward(
     p.dtype = dtype;
     p.x = x.data;
     p.ldx = x.ld;
-    p.ds = ds.const_data_ptr();
-    p.ldds = ranks.padded_sum;
+    p.ds = ds_data;
+    p.ldds = ldds;
     p.m = x.rows;
     p.k = x.columns;
     p.members = static_cast<int>(members);
@@ -285,9 +322,9 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> backward(
     p.dropout = dropout;
     p.sm_count = place.sm_count;
     for (size_t g = 0; g < members; ++g) {
-      const char* part = static_cast<const char*>(ds.const_data_ptr()) + 2 * ranks.padded_column[g];
+      const char* part = ds_data + 2 * ranks.padded_column[g];
       const int stream = threshold > 0 ? static_cast<int>(g) : -1;
-      p.term[g] = {part, ranks.padded_sum, pa[g].data, pa[g].ld, ranks.rank[g], stream};
+      p.term[g] = {part, ldds, pa[g].data, pa[g].ld, ranks.rank[g], stream};
       p.term[members + g] = {dy[g].data, dy[g].ld, w[g].data, w[g].ld, w[g].rows, -1};
     }
     run_gemm(p, gemm, place);
@@ -311,11 +348,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(LK_LIBRARY, m) {
   m.def(
       "lora_linear_fwd(Tensor x, Tensor[] weights, Tensor[] lora_as, Tensor[] lora_bs, "
       "Tensor?[] biases, float[] scalings, float keep_scale, int threshold, Tensor? seed, "
-      "str gemm) -> (Tensor[] ys, Tensor s)");
+      "str gemm, Tensor? shrunk=None) -> (Tensor[] ys, Tensor s)");
   m.def(
       "lora_linear_bwd(Tensor[] dys, Tensor x, Tensor[] weights, Tensor[] lora_as, "
       "Tensor[] lora_bs, Tensor s, float[] scalings, float keep_scale, int threshold, "
-      "Tensor? seed, bool need_dx, bool need_da, bool need_db, str gemm) "
+      "Tensor? seed, bool need_dx, bool need_da, bool need_db, str gemm, Tensor? ds=None) "
       "-> (Tensor dx, Tensor[] das, Tensor[] dbs)");
   m.def("build_info() -> str");
 }

@@ -44,12 +44,29 @@ class Pads {
     const void* data = static_cast<const char*>(m.data) + first * static_cast<int64_t>(element);
     const bool whole = !padded || columns % kRankAlign == 0;
     if (dtype == params_.dtype && aligned16(data, m.ld) && whole) return {data, m.ld};
-    if (params_.jobs >= kMaxPadJobs) stable::fail("too many operands to copy");
     const int64_t ld = padded_rank(columns);
     copies_.push_back(stable::empty(x_, {m.rows, ld}));
-    void* copy = copies_.back().mutable_data_ptr();
-    params_.job[params_.jobs++] = {data, dtype, m.ld, 1, m.rows, columns, copy, ld, ld};
-    return {copy, ld};
+    void* dst = copies_.back().mutable_data_ptr();
+    copy(m, first, columns, 1.0f, dst, ld);
+    return {dst, ld};
+  }
+
+  // scale * those columns into dst, row stride ld; zeros up to a multiple of 8 columns.
+  void copy(const stable::Matrix& m, int64_t first, int64_t columns, float scale, void* dst,
+            int64_t ld) {
+    if (params_.jobs >= kMaxPadJobs) stable::fail("too many operands to copy");
+    const Dtype dtype = stable::dtype_of(m.tensor, "an adapter");
+    const int64_t element = dtype == Dtype::kFloat32 ? 4 : 2;
+    params_.job[params_.jobs++] = {static_cast<const char*>(m.data) + first * element,
+                                   dtype,
+                                   m.ld,
+                                   1,
+                                   m.rows,
+                                   columns,
+                                   dst,
+                                   ld,
+                                   padded_rank(columns),
+                                   scale};
   }
 
   void launch(cudaStream_t stream) {

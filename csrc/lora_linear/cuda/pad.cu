@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads) pad_kernel(const __grid_constant__ P
   const int64_t row = i / j.dst_cols, col = i % j.dst_cols;
   const float value =
       col < j.cols ? load_as_float(j.src, row * j.ld_src + col * j.col_stride, j.src_dtype) : 0.0f;
-  narrow(value, static_cast<T*>(j.dst)[row * j.ld_dst + col]);
+  narrow(j.scale * value, static_cast<T*>(j.dst)[row * j.ld_dst + col]);
 }
 
 cudaError_t launch_pad(const PadParams& p, cudaStream_t stream) {

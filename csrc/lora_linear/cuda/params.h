@@ -11,7 +11,9 @@
 // host entry should pass its own workspaces aligned and let launch_pad copy small odd operands.
 //
 // Order of one forward:      [launch_pad A, B]  launch_shrink  launch_gemm
+//   with a given S:           launch_pad [B], scaling * S  launch_gemm
 // Order of one backward:     [launch_pad A, B, S]  launch_dy_pass  launch_da  launch_gemm
+//   with a given dS:          [launch_pad A, S, dS]  [launch_dy_pass for dB]  launch_da  launch_gemm
 // Nothing allocates or synchronises; everything runs on the given stream and can be captured.
 #pragma once
 
@@ -44,8 +46,8 @@ struct Dropout {
   const int64_t* seed;  // device memory, read by the kernels (no synchronisation), or null
 };
 
-// ---- launch_pad: dst[i, j] = T(src[i, j]) for j < cols, 0 for cols <= j < dst_cols ------------
-// For adapters in another dtype and for small operands with odd strides (A, B, S).
+// ---- launch_pad: dst[i, j] = T(scale * src[i, j]) for j < cols, 0 for cols <= j < dst_cols ----
+// For adapters in another dtype and for small operands with odd strides (A, B, S, dS).
 struct PadJob {
   const void* src;  // [rows, cols]
   Dtype src_dtype;  // any of the three
@@ -55,6 +57,7 @@ struct PadJob {
   void* dst;  // [rows, dst_cols] of T
   int64_t ld_dst;
   int64_t dst_cols;  // >= cols
+  float scale;
 };
 
 struct PadParams {
@@ -82,7 +85,7 @@ struct ShrinkParams {
   ShrinkMember member[kMaxGroup];
   void* s;  // [M, sum of ranks] of T, unscaled: what backward needs; null: not wanted
   int64_t lds;
-  void* scaled_s;  // [M, sum of padded ranks] of T, scaling * S: operand of the GEMM; or null
+  void* scaled_s;  // [M, sum of padded ranks] of T, scaling * S of T: operand of the GEMM; or null
   int64_t ld_scaled;
   float keep_scale;  // 1 / P(keep); 1 without dropout, 0 when nothing is kept
   Dropout dropout;

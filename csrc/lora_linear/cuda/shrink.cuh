@@ -9,7 +9,8 @@
 // Bytes     X once (once per RN columns beyond 128), A once per 64 rows from L2, S. With a split,
 //           4 bytes per column and share on top, written and read once.
 // Numerics  fp32 accumulation in k order per share; shares added in order by shrink_sum_kernel;
-//           one rounding to T for S and one for scaled_s, both from the fp32 sum.
+//           one rounding to T for S, another for scaled_s, which is made from S as it is stored:
+//           a caller that has S gets the same bits.
 // Dropout   registers of X are masked between ldmatrix and mma: one generator call per row and
 //           eight columns, nothing stored. A group repeats the products per member, since each
 //           member has its own mask.
@@ -59,12 +60,11 @@ LK_DEVICE void store_shrink(const ShrinkParams& p, int64_t row, int64_t column, 
   if (g < 0) return;
   const ShrinkMember& w = p.member[g];
   const int64_t c = column - w.padded_column;
-  const float s = c < w.rank ? sum * p.keep_scale : 0.0f;
-  if (p.s != nullptr && c < w.rank) {
-    narrow(s, static_cast<T*>(p.s)[row * p.lds + w.s_column + c]);
-  }
+  T s;
+  narrow(c < w.rank ? sum * p.keep_scale : 0.0f, s);
+  if (p.s != nullptr && c < w.rank) static_cast<T*>(p.s)[row * p.lds + w.s_column + c] = s;
   if (p.scaled_s != nullptr) {
-    narrow(w.scaling * s, static_cast<T*>(p.scaled_s)[row * p.ld_scaled + column]);
+    narrow(w.scaling * widen(s), static_cast<T*>(p.scaled_s)[row * p.ld_scaled + column]);
   }
 }
 

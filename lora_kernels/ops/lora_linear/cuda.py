@@ -103,11 +103,12 @@ def lora_linear_fwd(
     """Ys, each [M, N_g], and S [M, sum of ranks] in the dtype of x: `shrunk` where given."""
     library, reason = backend.load()
     assert library is not None, reason
-    return library.lora_linear_fwd(
+    ys, s = library.lora_linear_fwd(
         x, [w.to(x.dtype) for w in weights], [_adapter(a) for a in lora_as],
         [_adapter(b) for b in lora_bs], [None if b is None else _adapter(b) for b in biases],
         scalings, *_dropout(dropout_p, seed), _gemm(), *(() if shrunk is None else (shrunk,)),
     )  # fmt: skip
+    return ys, s if shrunk is None else shrunk
 
 
 def lora_linear_bwd(
