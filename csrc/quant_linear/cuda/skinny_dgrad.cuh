@@ -18,9 +18,9 @@
 //           rounding to T. The shares depend on N, K, the rank and the number of multiprocessors,
 //           not on M: a row of dX has the same bits for every M up to 16, and for 17 to 128.
 // Shared    chunks are exchanged so that lanes that read together read different banks.
-// Resources (ptxas 13.0, sm_90; flat, int8, fp8, gptq, awq) up to 16 rows: 128, 128, 128, 126, 119
-//           registers, 37, 58, 58, 38, 38 KiB of shared memory (U: 39). More rows: 255, 250, 246,
-//           239, 247 registers, 55, 76, 76, 56, 56 KiB (U: 78). No spills.
+// Resources (ptxas 13.0, sm_90; flat, int8, fp8, gptq, awq) up to 16 rows: 128, 159, 152, 124, 118
+//           registers, 37, 58, 58, 38, 38 KiB of shared memory (U: 39). More rows: 240, 254, 250,
+//           226, 236 registers, 55, 76, 76, 56, 56 KiB (U: 78). No spills.
 // Limits    those of skinny_gemm.cuh; any N.
 #pragma once
 
@@ -33,7 +33,8 @@ template <class Reader_, int MT_>
 struct DgradShape {
   using Reader = Reader_;
   static constexpr int MT = MT_, kThreads = kColumnsThreads, kRows = 8 * MT, kStages = 3;
-  static constexpr int kBlocksPerSm = MT <= 2 ? 4 : 2;                  // by registers
+  // By registers; fewer for int8 and fp8, which shared memory limits too.
+  static constexpr int kBlocksPerSm = MT > 2 ? 2 : Reader::kStage > 8192 ? 3 : 4;
   static constexpr int kRuns = kColumnsK / kRunK;                       // of a tile
   static constexpr int kOwn = kRuns * kColumnsN / kThreads;             // statistics per thread
   static constexpr size_t kTileY = static_cast<size_t>(kRows) * kColumnsN * 2;  // bytes
@@ -127,15 +128,14 @@ struct DgradBlock {
     const unsigned char* y = tile_y(stage);
 #pragma unroll 1
     for (int q = 0; q < 2; ++q) {
-      uint32_t b[MT][4];
-#pragma unroll
-      for (int i = 0; i < MT; ++i) {
-        if (i > 0 && 8 * i >= rows) break;
-        const uint4 v = *reinterpret_cast<const uint4*>(y + place(8 * i + g, 4 * q + t));
-        b[i][0] = v.x, b[i][1] = v.y, b[i][2] = v.z, b[i][3] = v.w;
-      }
-#pragma unroll
+#pragma unroll(MT <= 2 ? 2 : 1)  // more rows: registers
       for (int h = 0; h < 2; ++h) {
+        uint32_t b[MT][2];
+#pragma unroll
+        for (int i = 0; i < MT; ++i) {
+          if (i > 0 && 8 * i >= rows) break;
+          memcpy(b[i], y + place(8 * i + g, 4 * q + t) + 8 * h, 8);
+        }
         const int n = 32 * q + 8 * t + 4 * h;
         const int at = (2 * warp + g / 4) * kColumnsN + n;
         const auto codes = Reader::take(y + S::kTileY, n, warp, lane);
@@ -160,7 +160,7 @@ struct DgradBlock {
             for (int i = 0; i < MT; ++i) {
               if (i > 0 && 8 * i >= rows) break;
               mma_16816<T>(acc[2 * jj + j][i], LK_FAULT(kFragmentOrder) ? swapped : a,
-                           b[i][2 * h], b[i][2 * h + 1]);
+                           b[i][0], b[i][1]);
             }
           }
         }
