@@ -112,14 +112,15 @@ def _attention(backend: str) -> None:
 
 
 def _gated_activation(backend: str) -> None:
-    from lora_kernels.testing import check_gated_activation, gated_activation_inputs
+    from lora_kernels.testing import check_gated_activation, gated_activation_inputs, moved
 
     kinds = ["silu", "gelu_tanh", "relu", "relu_squared"]
     if backend != "cpu":  # which refuses it
         kinds.append("gelu")
     for dtype in (torch.float32, torch.bfloat16):
         for kind in kinds:
-            check_gated_activation(gated_activation_inputs((70, 33), kind, dtype=dtype), backend)
+            inputs = gated_activation_inputs((70, 33), kind, dtype=dtype)
+            check_gated_activation(moved(inputs, _device(backend)), backend)
 
 
 def _rms_norm(backend: str) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from benchmarks.gpu_ops import (
     attention,
+    gated_activation,
     linear_cross_entropy,
     lora_linear,
     quant_linear,
+    rms_norm,
     rope,
 )
 from benchmarks.gpu_ops.row import GpuOp
@@ -24,5 +26,7 @@ ROWS: dict[str, GpuOp] = {
         quant_linear.ROW,
         linear_cross_entropy.ROW,
         rope.ROW,
+        gated_activation.ROW,
+        rms_norm.ROW,
     )
 }

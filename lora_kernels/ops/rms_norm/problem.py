@@ -14,7 +14,7 @@ from lora_kernels.errors import InvalidArgumentError
 from lora_kernels.ops import _dispatch, _evidence
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BACKENDS = ("reference", "aten", "cpu")
+BACKENDS = ("reference", "aten", "cpu", "triton")
 OP = "rms_norm"
 
 
@@ -75,6 +75,10 @@ def supports(backend: str, problem: RmsNormProblem) -> tuple[bool, str]:
         from lora_kernels.ops.rms_norm import cpu
 
         return cpu.supports(problem)
+    if backend == "triton":
+        from lora_kernels.ops.rms_norm import triton
+
+        return triton.supports(problem)
     return False, f"{OP} has no {backend} kernels"
 
 
