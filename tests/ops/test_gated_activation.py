@@ -28,7 +28,7 @@ BWD = torch.ops.lora_kernels.gated_activation_bwd.default
 
 
 # cpu covers fewer kinds and dtypes: test_gated_activation_cpu.py
-@pytest.fixture(params=[b for b in _registry.find("gated_activation").backends if b != "cpu"])
+@pytest.fixture(params=["reference", "aten"])  # those of GPUs: tests/triton, the emulator
 def backend(request) -> str:
     return request.param
 
@@ -195,5 +195,5 @@ def test_messages(change, message):
 
 
 def test_a_backend_by_name_never_falls_back():
-    with pytest.raises(BackendUnavailableError, match="no triton kernels"):
+    with pytest.raises(BackendUnavailableError, match="backend='triton' cannot run"):
         gated_activation(torch.zeros(2, 2), backend="triton")
