@@ -28,6 +28,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_bwd", &attention::attention_bwd, release());
   m.def("gated_activation_fwd", &gated_activation::gated_activation_fwd, release());
   m.def("gated_activation_bwd", &gated_activation::gated_activation_bwd, release());
+  m.def("gated_activation_fwd_products", &gated_activation::gated_activation_fwd_products,
+        release());
+  m.def("gated_activation_bwd_products", &gated_activation::gated_activation_bwd_products,
+        release());
   m.def("linear_cross_entropy_engine", &linear_cross_entropy::engine_name, py::arg("dtype"));
   m.def("linear_cross_entropy_rows", &linear_cross_entropy::losses_of_rows, release());
   m.def("lora_linear_engine", &lora_linear::engine_name, py::arg("dtype"));

@@ -2,6 +2,7 @@
 #include "gated_activation_host.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 
 #include "../cpu/isa.h"
@@ -28,10 +29,11 @@ Dtype dtype_of(const at::Tensor& t) {
 
 Kind kind_of(const std::string& name) {
   if (name == "silu") return Kind::kSilu;
+  if (name == "gelu") return Kind::kGelu;
   if (name == "gelu_tanh") return Kind::kGeluTanh;
   if (name == "relu") return Kind::kRelu;
   TORCH_CHECK(name == "relu_squared", "gated_activation (cpu): kind '", name,
-              "' is not supported; accepted: silu, gelu_tanh, relu, relu_squared");
+              "' is not supported; accepted: silu, gelu, gelu_tanh, relu, relu_squared");
   return Kind::kReluSquared;
 }
 
@@ -41,57 +43,172 @@ at::Tensor readable(const at::Tensor& t, const at::Tensor& like) {
   return t.size(1) == 1 || t.stride(1) == 1 ? t : t.contiguous();
 }
 
-void run(const RowsParams& p, Dtype dtype, Kind kind, int64_t rows) {
+// Operands and results of one call; the tensors outlive the pointers in `params`.
+struct Call {
+  at::Tensor gate, up, dh, h, dgate, dup;
+  RowsParams params{};
+
+  Call(const Maybe& given_dh, const at::Tensor& given_gate, const Maybe& given_up) {
+    gate = readable(given_gate, given_gate);
+    params.columns = gate.size(1);
+    params.gate = gate.const_data_ptr();
+    params.ldgate = gate.stride(0);
+    if (given_up) {
+      up = readable(*given_up, gate);
+      params.up = up.const_data_ptr();
+      params.ldup = up.stride(0);
+    }
+    if (!given_dh) {
+      h = at::empty(gate.sizes(), gate.options());
+      params.h = h.mutable_data_ptr();
+      return;
+    }
+    dh = readable(*given_dh, gate);
+    params.dh = dh.const_data_ptr();
+    params.lddh = dh.stride(0);
+    dgate = at::empty(gate.sizes(), gate.options());
+    params.dgate = dgate.mutable_data_ptr();
+    dup = at::empty(up.defined() ? gate.sizes() : at::IntArrayRef{0}, gate.options());
+    if (up.defined()) params.dup = dup.mutable_data_ptr();
+  }
+
+  void run(Kind kind) const {
+    using cpu::Isa;
+    const Isa isa = cpu::active_isa();
+    const Dtype dtype = dtype_of(gate);
+    RowsKernel kernel = isa >= Isa::kAmx ? rows_amx(dtype, kind) : nullptr;
+    if (kernel == nullptr) {
+      kernel = isa >= Isa::kAvx512 ? rows_avx512(dtype, kind)
+               : isa >= Isa::kAvx2 ? rows_avx2(dtype, kind)
+                                   : rows_baseline(dtype, kind);
+    }
+    const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, params.columns));
+    at::parallel_for(0, gate.size(0), grain,
+                     [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
+  }
+};
+
+const Blocks& blocks_for(Dtype dtype, Kind kind) {
   using cpu::Isa;
   const Isa isa = cpu::active_isa();
-  const RowsKernel kernel = isa >= Isa::kAvx512 ? rows_avx512(dtype, kind)
-                            : isa >= Isa::kAvx2 ? rows_avx2(dtype, kind)
-                                                : rows_baseline(dtype, kind);
-  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, p.columns));
-  at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  const Blocks* blocks = isa >= Isa::kAmx ? blocks_amx(dtype, kind) : nullptr;
+  if (blocks == nullptr) {
+    blocks = isa >= Isa::kAvx512 ? blocks_avx512(dtype, kind)
+             : isa >= Isa::kAvx2 ? blocks_avx2(dtype, kind)
+                                 : blocks_baseline(dtype, kind);
+  }
+  return *blocks;
+}
+
+// operands[m] is [columns, rank], S is [rows, sum of ranks] or nothing. (S or dS, dBs in fp32.)
+std::tuple<at::Tensor, std::vector<at::Tensor>> run_with_products(
+    const Call& call, Kind kind, const std::vector<at::Tensor>& operands, const Maybe& s,
+    const std::vector<double>& scalings) {
+  const at::Tensor& gate = call.gate;
+  const int64_t rows = gate.size(0), columns = gate.size(1);
+  const int64_t members = static_cast<int64_t>(operands.size());
+  const Blocks& blocks = blocks_for(dtype_of(gate), kind);
+  const auto fp32 = gate.options().dtype(at::kFloat);
+  BlocksParams p{};
+  p.rows = call.params;
+  p.members = members;
+  int64_t ranks = 0;
+  std::vector<at::Tensor> low, packed;
+  for (const at::Tensor& operand : operands) {
+    TORCH_CHECK(operand.dim() == 2 && operand.size(0) == columns && operand.size(1) > 0,
+                "gated_activation (cpu): an adapter must be [", columns, ", rank >= 1]");
+    ranks += operand.size(1);
+    low.push_back(operand.to(gate.scalar_type()));
+    packed.push_back(
+        at::empty({padded_columns(columns) * padded_rank(operand.size(1))}, fp32));
+  }
+  TORCH_CHECK(!s || (s->dim() == 2 && s->size(0) == rows && s->size(1) == ranks),
+              "gated_activation (cpu): s must be [", rows, ", ", ranks, "]");
+  const at::Tensor saved = s ? s->to(gate.scalar_type()).contiguous() : at::Tensor();
+  const at::Tensor out = at::empty({rows, ranks}, gate.options());
+  const int64_t element = gate.element_size();
+  for (int64_t m = 0, column = 0; m < members; column += operands[m].size(1), ++m) {
+    Member& of = p.member[m];
+    of.rank = operands[m].size(1);
+    of.packed = packed[m].const_data_ptr();
+    of.scaling = static_cast<float>(scalings[m]);
+    of.out = static_cast<char*>(out.mutable_data_ptr()) + column * element;
+    of.ldout = ranks;
+    if (s) {
+      of.s = static_cast<const char*>(saved.const_data_ptr()) + column * element;
+      of.lds = ranks;
+    }
+  }
+  at::parallel_for(0, members, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      blocks.pack(low[m].const_data_ptr(), low[m].stride(0), low[m].stride(1), columns,
+                  p.member[m].rank, packed[m].mutable_data_ptr());
+    }
+  });
+  const int64_t count = (rows + kBlockRows - 1) / kBlockRows;
+  const int64_t slots = std::max<int64_t>(1, std::min<int64_t>(count, at::get_num_threads()));
+  int64_t sums = 0;
+  for (int64_t m = 0; m < members; ++m) sums += sums_size(p, m);
+  const int64_t size = (sums + scratch_size(p) + 15) / 16 * 16;
+  const at::Tensor workspace = at::empty({slots, size}, fp32);
+  float* const floats = workspace.mutable_data_ptr<float>();
+  at::parallel_for(0, slots, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t slot = begin; slot < end; ++slot) {
+      blocks.run(p, count * slot / slots * kBlockRows,
+                 std::min(rows, count * (slot + 1) / slots * kBlockRows), floats + slot * size);
+    }
+  });
+  std::vector<at::Tensor> dbs;
+  const float* from = floats;
+  for (int64_t m = 0; s && m < members; from += sums_size(p, m), ++m) {
+    const Member& of = p.member[m];
+    at::Tensor db = at::empty({columns, of.rank}, fp32);
+    float* const to = db.mutable_data_ptr<float>();
+    at::parallel_for(0, (columns + 15) / 16, 32, [&](int64_t begin, int64_t end) {
+      blocks.finish(from, slots, size, columns, of.rank, of.scaling, begin * 16,
+                    std::min(columns, end * 16), to);
+    });
+    dbs.push_back(db.to(operands[m].scalar_type()));
+  }
+  return {out, dbs};
 }
 
 }  // namespace
 
 at::Tensor gated_activation_fwd(const at::Tensor& gate, const Maybe& up, const std::string& kind) {
-  const Dtype dtype = dtype_of(gate);
-  const at::Tensor g = readable(gate, gate), u = up ? readable(*up, gate) : at::Tensor();
-  at::Tensor h = at::empty(gate.sizes(), gate.options());
-  RowsParams p{};
-  p.columns = gate.size(1);
-  p.gate = g.const_data_ptr();
-  p.ldgate = g.stride(0);
-  if (up) {
-    p.up = u.const_data_ptr();
-    p.ldup = u.stride(0);
-  }
-  p.h = h.mutable_data_ptr();
-  run(p, dtype, kind_of(kind), gate.size(0));
-  return h;
+  const Call call(std::nullopt, gate, up);
+  call.run(kind_of(kind));
+  return call.h;
 }
 
 std::tuple<at::Tensor, at::Tensor> gated_activation_bwd(const at::Tensor& dh,
                                                         const at::Tensor& gate, const Maybe& up,
                                                         const std::string& kind) {
-  const Dtype dtype = dtype_of(gate);
-  const at::Tensor d = readable(dh, gate), g = readable(gate, gate);
-  const at::Tensor u = up ? readable(*up, gate) : at::Tensor();
-  at::Tensor dgate = at::empty(gate.sizes(), gate.options());
-  at::Tensor dup = at::empty(up ? gate.sizes() : at::IntArrayRef{0}, gate.options());
-  RowsParams p{};
-  p.columns = gate.size(1);
-  p.dh = d.const_data_ptr();
-  p.lddh = d.stride(0);
-  p.gate = g.const_data_ptr();
-  p.ldgate = g.stride(0);
-  if (up) {
-    p.up = u.const_data_ptr();
-    p.ldup = u.stride(0);
-    p.dup = dup.mutable_data_ptr();
-  }
-  p.dgate = dgate.mutable_data_ptr();
-  run(p, dtype, kind_of(kind), gate.size(0));
-  return {dgate, dup};
+  const Call call(dh, gate, up);
+  call.run(kind_of(kind));
+  return {call.dgate, call.dup};
+}
+
+std::tuple<at::Tensor, at::Tensor> gated_activation_fwd_products(
+    const at::Tensor& gate, const Maybe& up, const std::string& kind,
+    const std::vector<at::Tensor>& lora_as) {
+  const Call call(std::nullopt, gate, up);
+  std::vector<at::Tensor> low;
+  for (const at::Tensor& a : lora_as) low.push_back(a.to(gate.scalar_type()));
+  const at::Tensor joined = low.size() == 1 ? low[0] : at::cat(low);
+  const auto [s, none] = run_with_products(call, kind_of(kind), {joined.t()}, std::nullopt, {1.0});
+  return {call.h, s};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>>
+gated_activation_bwd_products(const at::Tensor& dh, const at::Tensor& gate, const Maybe& up,
+                              const std::string& kind, const std::vector<at::Tensor>& lora_bs,
+                              const Maybe& s, const std::vector<double>& scalings) {
+  TORCH_CHECK(lora_bs.size() == (up ? 2 : 1) && scalings.size() == lora_bs.size(),
+              "gated_activation (cpu): one adapter and scaling for each of gate and up");
+  const Call call(dh, gate, up);
+  auto [ds, dbs] = run_with_products(call, kind_of(kind), lora_bs, s, scalings);
+  return {call.dgate, call.dup, ds, dbs};
 }
 
 }  // namespace lora_kernels::gated_activation

@@ -27,7 +27,7 @@ FWD = torch.ops.lora_kernels.gated_activation_fwd.default
 BWD = torch.ops.lora_kernels.gated_activation_bwd.default
 
 
-# cpu covers fewer kinds and dtypes: test_gated_activation_cpu.py
+# cpu covers fewer dtypes: test_gated_activation_cpu.py
 @pytest.fixture(params=["reference", "aten"])  # those of GPUs: tests/triton, the emulator
 def backend(request) -> str:
     return request.param
@@ -161,7 +161,7 @@ def test_autocast_leaves_the_dtype(backend):
 
 
 def test_explain():
-    told = lk.explain("gated_activation", M=64, N=16, kind="gelu")
+    told = lk.explain("gated_activation", M=64, N=16, dtype="float64")
     assert told["backend"] == "aten"
     spec = _registry.find("gated_activation")
     assert spec.min_bytes(spec.problem(M=2, N=3), "bwd") == 4 * 2 * 3 * 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Iterator
 
 import pytest
@@ -12,10 +13,12 @@ from torch.library import opcheck
 import lora_kernels as lk
 from lora_kernels._backends import cpu as library_loader
 from lora_kernels.errors import BackendUnavailableError
-from lora_kernels.ops import gated_activation
+from lora_kernels.ops import _registry, gated_activation
+from lora_kernels.ops.gated_activation import cpu
 from lora_kernels.testing import (
     BudgetExceededError,
     assert_within_budget,
+    check_adapter_products,
     check_gated_activation,
     gated_activation_inputs,
     gated_activation_op,
@@ -24,12 +27,12 @@ from lora_kernels.testing import (
 from lora_kernels.testing.gated_activation import results
 
 library, reason = library_loader.load()
-if library is not None and not hasattr(library, "gated_activation_bwd"):
-    library, reason = None, "lora_kernels._C was built without gated_activation"
+if library is not None and not hasattr(library, "gated_activation_bwd_products"):
+    library, reason = None, "lora_kernels._C predates products in gated_activation; rebuild it"
 pytestmark = pytest.mark.skipif(library is None, reason=reason)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ISAS = library.machine_isas() if library is not None else ["none"]
-KINDS = ("silu", "gelu_tanh", "relu", "relu_squared")
+KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu_squared")
 
 
 @pytest.fixture(params=ISAS)
@@ -94,11 +97,37 @@ def test_opcheck():
         opcheck(ops.gated_activation_bwd.default, arguments)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_on_every_isa(isa, dtype):
+    for shape, r in (((1, 1), 1), ((65, 33), 5), ((130, 128), 16), ((3, 300), 17)):
+        i = gated_activation_inputs(
+            shape, "gelu", dtype=dtype, layout="sliced", ranks=(r, 2), member_ranks=(r, 3),
+            adapter_dtype=torch.float32,
+        )  # fmt: skip
+        with poisoned_empty():
+            check_adapter_products(i, "cpu")
+            check_adapter_products(i, "cpu", with_db=False)
+
+
+def test_sums_over_many_rows(isa):
+    """dB in fp32 of operands in bf16: the chain of sums must not grow with M."""
+    i = gated_activation_inputs(
+        (4097, 20), dtype=torch.bfloat16, member_ranks=(3, 3), adapter_dtype=torch.float32
+    )
+    check_adapter_products(i, "cpu")
+
+
 def test_what_it_lacks_is_refused_and_left_to_aten():
-    wide, exact = torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, 3)
+    wide = torch.zeros(2, 3, dtype=torch.float64)
     with pytest.raises(BackendUnavailableError, match="float64"):
         gated_activation(wide, backend="cpu")
-    with pytest.raises(BackendUnavailableError, match="erf"):
-        gated_activation(exact, kind="gelu", backend="cpu")
-    assert lk.explain("gated_activation", M=2, N=3, kind="gelu")["backend"] == "aten"
-    assert lk.explain("gated_activation", M=2, N=3)["backend"] == "cpu"
+    assert lk.explain("gated_activation", M=2, N=3, dtype="float64")["backend"] == "aten"
+    assert lk.explain("gated_activation", M=2, N=3, kind="gelu")["backend"] == "cpu"
+
+
+@pytest.mark.parametrize("missing", ["gated_activation_bwd", "gated_activation_bwd_products"])
+def test_an_older_library_is_told(monkeypatch, missing):
+    older = types.SimpleNamespace(**{n: getattr(library, n) for n in dir(library) if n != missing})
+    monkeypatch.setattr(cpu.backend, "load", lambda: (older, ""))
+    able, why = cpu.supports(_registry.find("gated_activation").problem(M=2, N=3, rank=4))
+    assert not able and "predates" in why and "rebuild it" in why
