@@ -18,7 +18,7 @@ from benchmarks.gpu_ops import ROWS
 from benchmarks.gpu_ops.row import FLOOR, GPU_BACKENDS, GpuOp, Run, Work
 from benchmarks.peers import UnavailableError
 from benchmarks.timing import wall_clock
-from lora_kernels.ops import _evidence, _registry
+from lora_kernels.ops import _evidence, _ledger, _registry
 from lora_kernels.testing import BudgetExceededError, moved
 from tests.test_gpu_check import TOP
 from tools.gpu_check import bench_part, parts, small_shapes
@@ -142,6 +142,44 @@ def test_the_key_of_a_problem_is_json(op):
     assert json.loads(json.dumps(dict(key.kind))) == dict(key.kind)
     assert all(type(n) is int and n > 0 for n in key.sizes.values())
     assert "device" not in key.kind
+
+
+def test_evidence_of_packed_weights_stays_with_its_kernels():
+    """16 | 17 and 128 | 129 rows, and runs that do not fit the packed product: other kernels,
+    whatever the distance of the sizes."""
+    find = _registry.find("quant_linear")
+
+    def key(M: int, **changes: Any) -> _evidence.Key:
+        shapes = {"K": 4096, "N": 4096, "dtype": torch.bfloat16, "device": "cuda", **changes}
+        return _evidence.key_of(find.problem(M=M, **shapes))
+
+    def speaks(measured: _evidence.Key, asked: _evidence.Key) -> bool:
+        entry = _ledger.Entry(dict(measured.sizes), dict(measured.kind), "fwd", {FLOOR: 1.0})
+        return _evidence.distance(entry, asked, "fwd") is not None
+
+    assert speaks(key(16), key(4)) and speaks(key(17), key(68)) and speaks(key(129), key(500))
+    for one, other in ((16, 17), (128, 129), (0, 1)):
+        assert not speaks(key(one), key(other)) and not speaks(key(other), key(one))
+    assert speaks(key(8), key(8, K=4096 + 32)) and not speaks(key(8), key(8, K=4096 + 8))
+    int4 = {"format": "int4", "block_size": 128}
+    assert not speaks(key(8, **int4), key(8, act_order=True, **int4))
+
+
+def test_the_key_of_a_packed_batch_is_that_of_the_op():
+    """The op knows the number of sequences and of all rows, and not the longest."""
+    from lora_kernels.ops.attention import contract
+
+    row = ROWS["attention"]
+    made = row.inputs(lengths=(5, 11, 1), H=2, D=64, causal=True, dtype=torch.bfloat16)
+    own = contract.problem(
+        made.q, made.k, made.v, None, None, made.cu_seqlens, None, (-1, 0), 0.0, 0.0
+    )
+    theirs = _registry.find("attention").problem(**row.problem(made), device="cpu")
+    assert theirs == own
+    find, counted = _registry.find("attention"), row.counted(made)
+    pairs = [n * (n + 1) / 2 for n in (5, 11, 1)]
+    flops = sum(find.flops(find.problem(**k, device="cpu"), "fwd") for k in counted)
+    assert flops == 4 * 64 * 2 * sum(pairs)
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

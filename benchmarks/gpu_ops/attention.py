@@ -9,6 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.gpu_ops.attention_decode import (
+    DecodeInputs,
+    decode_inputs,
+    decode_problem,
+    decode_work,
+)
 from benchmarks.gpu_ops.row import GpuOp, Judge, Keywords, Work
 from benchmarks.peers import UnavailableError, load
 from lora_kernels.ops import attention
@@ -29,9 +35,16 @@ SDPA = {
 Peer = Callable[[AttentionInputs, dict[str, Tensor]], Tensor]
 
 
-def _judge(i: AttentionInputs) -> Judge:
-    oracle = results(i, torch.float64)
-    low = yardstick(i, oracle)
+def _inputs(**keywords: Any) -> AttentionInputs | DecodeInputs:
+    return decode_inputs(**keywords) if "cache" in keywords else attention_inputs(**keywords)
+
+
+def _judge(i: AttentionInputs | DecodeInputs) -> Judge:
+    if isinstance(i, DecodeInputs):
+        oracle, low = (i.results(dtype) for dtype in (torch.float64, i.q.dtype))
+    else:
+        oracle = results(i, torch.float64)
+        low = yardstick(i, oracle)
     nothing = oracle["lse"] == -torch.inf
 
     def check(got: dict[str, Tensor], label: str) -> object:
@@ -49,7 +62,9 @@ def _judge(i: AttentionInputs) -> Judge:
     return check
 
 
-def _work(i: AttentionInputs, provider: str) -> Work:
+def _work(i: AttentionInputs | DecodeInputs, provider: str) -> Work:
+    if isinstance(i, DecodeInputs):
+        return decode_work(i, provider, ROW.peers)
     leaves = {n: t.detach().requires_grad_() for n, t in i.leaves().items()}
     generator = torch.Generator().manual_seed(1)
     shape = (*i.q.shape[:-1], i.v.shape[-1])
@@ -144,16 +159,16 @@ def _flash_attn(function: Any) -> Peer:
     return run
 
 
-def _problem(i: AttentionInputs) -> Keywords:
-    o, packed = i.options, i.cu_seqlens is not None
-    S, Sk, B = i.q.shape[-3], i.k.shape[-3], i.q.shape[0]
-    if i.cu_seqlens is not None:
-        ends = i.cu_seqlens.cpu()
-        ends_k = ends if i.cu_seqlens_k is None else i.cu_seqlens_k.cpu()
-        S, Sk, B = int(ends.diff().max()), int(ends_k.diff().max()), len(ends) - 1
-    mask = i.attn_mask
+def _problem(i: AttentionInputs | DecodeInputs) -> Keywords:
+    """As the op sees it: of packed sequences their number and all rows, since their lengths are
+    on the device."""
+    if isinstance(i, DecodeInputs):
+        return decode_problem(i)
+    o, packed, mask = i.options, i.cu_seqlens is not None, i.attn_mask
+    B = i.q.shape[0] if i.cu_seqlens is None else len(i.cu_seqlens) - 1
     return {
-        "B": B, "S": S, "H": i.q.shape[-2], "D": i.q.shape[-1], "Sk": Sk, "Hk": i.k.shape[-2],
+        "B": B, "S": i.q.shape[-3], "H": i.q.shape[-2], "D": i.q.shape[-1], "Sk": i.k.shape[-3],
+        "Hk": i.k.shape[-2],
         "Dv": i.v.shape[-1], "causal": bool(o.get("causal")), "window": o.get("window"),
         "softcap": o.get("softcap"), "sinks": i.sinks is not None,
         "mask": "" if mask is None else "bool" if mask.dtype == torch.bool else "additive",
@@ -163,9 +178,23 @@ def _problem(i: AttentionInputs) -> Keywords:
     }  # fmt: skip
 
 
+def _counted(i: AttentionInputs | DecodeInputs) -> tuple[Keywords, ...]:
+    """Packed sequences one by one, whose flops and bytes are those of the whole."""
+    whole = _problem(i)
+    if isinstance(i, DecodeInputs) or i.cu_seqlens is None:
+        return (whole,)
+    ends = i.cu_seqlens.cpu()
+    ends_k = ends if i.cu_seqlens_k is None else i.cu_seqlens_k.cpu()
+    lengths = zip(ends.diff().tolist(), ends_k.diff().tolist(), strict=True)
+    return tuple({**whole, "B": 1, "S": S, "Sk": Sk} for S, Sk in lengths if S and Sk)
+
+
 def _gate(keywords: Keywords) -> Keywords:
     """One sequence of 512 and as many heads as show the grouping: the oracle has every score."""
     H, Hk = keywords["H"], keywords.get("Hk", keywords["H"])
+    if "cache" in keywords:
+        most = [min(n, 700) for n in keywords["lengths"][:2]]
+        return {**keywords, "lengths": (*most, 333), "H": 2 * H // Hk, "Hk": 2, "capacity": 0}
     made = {**keywords, "B": 1, "H": 2 * H // Hk, "Hk": 2}
     if "lengths" in made:
         return {**made, "lengths": (300, 1, 211)}
@@ -187,6 +216,14 @@ ROW = GpuOp(
          "dtype": BF16},
         {"S": 21, "D": 32, "mask": "bool", "dropout_p": 0.2, "seed": 5, "dtype": FP16},
         {"B": 1, "S": 1, "Sk": 77, "H": 8, "Hk": 2, "D": 128, "dtype": BF16},
+        {"H": 4, "Hk": 2, "D": 128, "lengths": (70, 1, 58), "causal": True, "window": (33, 0),
+         "sinks": True, "dtype": BF16},
+        {"H": 4, "D": 64, "lengths": (65, 40), "causal": True, "softcap": 5.0, "alibi": True,
+         "dropout_p": 0.2, "seed": 5, "dtype": BF16},
+        {"cache": "paged", "lengths": (37, 1, 300), "H": 8, "Hk": 2, "D": 128, "dtype": BF16},
+        {"cache": "contiguous", "lengths": (90, 0), "capacity": 130, "H": 3, "D": 72, "S": 2,
+         "window": (40, 0), "softcap": 5.0, "dtype": FP16},
+        {"cache": "contiguous", "lengths": (900,), "H": 8, "Hk": 2, "D": 64, "dtype": BF16},
     ),
     cases={
         "4×2048 causal, 32/8 heads of 128 bfloat16": {
@@ -211,15 +248,22 @@ ROW = GpuOp(
         "16×1 of 4096 keys, 32/8 heads of 128 bfloat16": {
             "B": 16, "S": 1, "Sk": 4096, "causal": True, **LLAMA,
         },
+        "decode 1×1 of a cache of 4096, 32/8 heads of 128 bfloat16": {
+            "cache": "contiguous", "lengths": (4000,), "capacity": 4096, **LLAMA,
+        },
+        "decode 16×1 of pages for 4096, 32/8 heads of 128 bfloat16": {
+            "cache": "paged", "lengths": (4000, 1000, 2500, 333) * 4, "capacity": 4096, **LLAMA,
+        },
         "2×4096 softcap, 8/4 heads of 256 bfloat16": {
             "B": 2, "S": 4096, "causal": True, "softcap": 50.0, "H": 8, "Hk": 4, "D": 256,
             "dtype": BF16,
         },
     },
-    inputs=attention_inputs,
+    inputs=_inputs,
     judge=_judge,
     work=_work,
     problem=_problem,
+    counted=_counted,
     peers=(*SDPA, "flex", "flash-attn"),
     gate=_gate,
 )  # fmt: skip

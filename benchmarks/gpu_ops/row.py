@@ -73,7 +73,9 @@ class GpuOp:
     inputs(**keywords): an op's inputs (lora_kernels.testing), on the CPU.
     judge(inputs): the check of one problem: given results by name it raises BudgetExceededError.
     work(inputs, provider): a backend or a peer on these inputs; UnavailableError says why not.
-    problem(inputs): keywords of the registry's problem, device apart.
+    problem(inputs): keywords of the registry's problem as the op makes it, device apart.
+    counted(inputs): problems whose flops and bytes add up to those of the inputs; by default that
+        one.
     gate(keywords): the problem that stands for a case in the check, where the oracle of the case
         itself would not fit; a case by default.
     """
@@ -86,6 +88,7 @@ class GpuOp:
     work: Callable[[Any, str], Work]
     problem: Callable[[Any], Keywords]
     peers: tuple[str, ...] = ()
+    counted: Callable[[Any], tuple[Keywords, ...]] | None = None
     gate: Callable[[Keywords], Keywords] = lambda keywords: keywords
     modes: tuple[str, ...] = gpu.MODES
     backends: tuple[str, ...] = ()  # default: those of the registry
@@ -141,6 +144,10 @@ class Timer:
         spec = _registry.find(op.name)
         self.problem = spec.problem(**op.problem(self.inputs), device=run.device)
         self.spec = spec
+        self.counted = [self.problem]
+        if op.counted is not None:
+            every = op.counted(self.inputs)
+            self.counted = [spec.problem(**k, device=run.device) for k in every]
         self.key = _evidence.key_of(self.problem)
         self._judge: tuple[Any, Judge] | None = None
 
@@ -154,8 +161,8 @@ class Timer:
         if timing is None:
             return made
         directions = ("fwd", "bwd") if mode == "fwdbwd" else (mode,)
-        flops = sum(self.spec.flops(self.problem, d) for d in directions)
-        traffic = sum(self.spec.min_bytes(self.problem, d) for d in directions)
+        flops = sum(self.spec.flops(p, d) for p in self.counted for d in directions)
+        traffic = sum(self.spec.min_bytes(p, d) for p in self.counted for d in directions)
         return made | gpu.figures(timing, flops, traffic, self.run.top) | used
 
     def check(self, name: str) -> None:

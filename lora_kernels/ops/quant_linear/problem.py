@@ -31,6 +31,8 @@ FORMAT_NAMES: dict[str, tuple[str, str]] = {
     "fp8_row": ("fp8", formats.FP8_ROW),
     "fp8_block": ("fp8", formats.FP8_BLOCK),
 }
+# Rows up to which GPU kernels of a kind serve: none is dequantization, see cuda.py and configs.py.
+_ROWS = ((0, "none"), (16, "1-16"), (128, "17-128"))
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,12 @@ class QuantLinearProblem:
         return cls(**shapes)  # type: ignore[arg-type]
 
     def evidence_key(self) -> _evidence.Key:
-        """A measurement speaks for its own block size alone."""
-        return _evidence.fields_key(self, exact=("block_size",))
+        """A measurement speaks for its own block size alone, and for the kernels that it ran: they
+        differ by whether the packed weight itself is multiplied, and there by the rows."""
+        key = _evidence.fields_key(self, exact=("block_size",))
+        rows = next((name for most, name in _ROWS if most >= self.M), "more")
+        packed = not _gpu("cuda").skinny_reason(self.spec, min(self.M, 1))
+        return _evidence.Key(key.sizes, {**key.kind, "rows": rows, "packed": packed})
 
     @property
     def spec(self) -> QuantSpec:
