@@ -1,13 +1,15 @@
-"""LoRALinear as a member of a group of layers that share their input."""
+"""LoRALinear and QuantLoRALinear as a member of a group of layers that share their input."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lora_kernels.modules.layer_group import Operands, group_of
+from lora_kernels.modules.layer_group import AnyOperands, Operands, QuantOperands, group_of
 from lora_kernels.modules.lora_linear import LoRALinear
+from lora_kernels.modules.quant_lora_linear import QuantLoRALinear
 
 
 class GroupedLoRALinear(LoRALinear):
@@ -23,8 +25,30 @@ class GroupedLoRALinear(LoRALinear):
         return LoRALinear.__name__
 
 
-def operands(layer: Any, x: Tensor) -> Operands | None:
-    """What a grouped call needs of a LoRALinear; None when its call has to be its own."""
+class GroupedQuantLoRALinear(QuantLoRALinear):
+    """The same of a QuantLoRALinear."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        group = group_of(self)
+        y = None if group is None else group.call(self, input)
+        return QuantLoRALinear.forward(self, input) if y is None else y
+
+    def _get_name(self) -> str:
+        return QuantLoRALinear.__name__
+
+
+GROUPED: dict[Any, Any] = {LoRALinear: GroupedLoRALinear, QuantLoRALinear: GroupedQuantLoRALinear}
+
+
+def operands(layer: Any, x: Tensor) -> AnyOperands | None:
+    """What a grouped call needs of such a layer; None when its call has to be its own."""
+    if isinstance(layer, QuantLoRALinear):
+        if not layer.adapter_enabled or torch.compiler.is_compiling():
+            return None
+        return QuantOperands(
+            layer.quant_weight, layer.lora_A, layer.lora_B, layer.scaling, layer.bias,
+            layer.dropout if layer.training else 0.0, layer.compute_dtype,
+        )  # fmt: skip
     if layer.merged or not layer.adapter_enabled or layer.lora_magnitude_vector is not None:
         return None
     dropout = layer.dropout if layer.training else 0.0

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.ops import grouped_lora_linear
+from lora_kernels.ops.quant_linear import QuantTensor, grouped_quant_lora_linear
 
 _ATTRIBUTE = "_lora_kernels_group"
 _MAX_MEMBERS = 8
@@ -35,6 +36,20 @@ class Operands(NamedTuple):
     dropout_p: float
 
 
+class QuantOperands(NamedTuple):
+    """The same over a quantized weight. compute_dtype: x is converted to it and the result back;
+    None: neither."""
+
+    weight: QuantTensor
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+    bias: Tensor | None
+    dropout_p: float
+    compute_dtype: torch.dtype | None
+
+
+AnyOperands = Operands | QuantOperands
 Results = list["Tensor | None"]  # None: that layer computes by itself
 
 
@@ -53,16 +68,19 @@ class LayerGroup:
     Args:
         name: path of the block, for messages.
         members: the layers, two to eight, in the order in which the block calls them.
-        operands: (layer, x) -> its :class:`Operands`; None when the call has to be its own.
+        operands: (layer, x) -> its operands; None when the call has to be its own.
         adapted: which of the members have an adapter; None: all. One without an adapter starts no
             call that an earlier member did not start: that one may have been called in a way
             that only it can compute.
     """
 
     def __init__(
-        self, name: str, members: list[nn.Module],
-        operands: Callable[[Any, Tensor], Operands | None], adapted: Sequence[bool] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        members: list[nn.Module],
+        operands: Callable[[Any, Tensor], AnyOperands | None],
+        adapted: Sequence[bool] | None = None,
+    ) -> None:
         assert 2 <= len(members) <= _MAX_MEMBERS
         self.name, self.members, self.operands = name, members, operands
         self.adapted = list(adapted or [True] * len(members))
@@ -139,7 +157,7 @@ class LayerGroup:
             )
 
     def _compute(self, x: Tensor) -> Results | None:
-        found: list[Operands | None] = []
+        found: list[AnyOperands | None] = []
         for member, adapted in zip(self.members, self.adapted, strict=True):
             # A layer that fully_shard wrapped by itself is gathered in its own call only.
             alone = type(member).__name__.startswith("FSDP")
@@ -155,8 +173,11 @@ class LayerGroup:
         return [None if o is None else next(outputs) for o in found]
 
 
-def agree(a: Operands, b: Operands) -> bool:
+def agree(a: AnyOperands, b: AnyOperands) -> bool:
     """One call can compute both."""
+    if isinstance(a, QuantOperands) or isinstance(b, QuantOperands):
+        quantized = isinstance(a, QuantOperands) and isinstance(b, QuantOperands)
+        return quantized and a[-2:] == b[-2:]  # dropout_p, compute_dtype
     if a.weight.dtype != b.weight.dtype:
         return False
     if a.lora_a is None or a.lora_b is None or b.lora_a is None or b.lora_b is None:
@@ -168,8 +189,16 @@ def agree(a: Operands, b: Operands) -> bool:
     )
 
 
-def compute_together(x: Tensor, found: Sequence[Operands]) -> list[Tensor]:
-    """One result per layer; at least one has an adapter."""
+def compute_together(x: Tensor, found: Sequence[AnyOperands]) -> list[Tensor]:
+    """One result per layer, of operands that agree; at least one has an adapter."""
+    first = found[0]
+    if isinstance(first, QuantOperands):
+        qs, lora_as, lora_bs, scalings, biases, rates, dtypes = zip(*found, strict=True)
+        ys = grouped_quant_lora_linear(
+            x, qs, lora_as, lora_bs, scalings, biases=biases, dropout_p=rates[0],
+            compute_dtype=dtypes[0],
+        )  # fmt: skip
+        return ys if first.compute_dtype is None else [y.to(x.dtype) for y in ys]
     weights, lora_as, lora_bs, scalings, biases, rates = zip(*found, strict=True)
     return grouped_lora_linear(
         x, weights, lora_as, lora_bs, scalings, biases=biases, dropout_p=max(rates)

@@ -10,8 +10,13 @@ from torch import Tensor, nn
 
 from lora_kernels.errors import InvalidArgumentError
 from lora_kernels.modules import grouped_linear, grouped_lora_linear
-from lora_kernels.modules.grouped_lora_linear import GroupedLoRALinear
-from lora_kernels.modules.layer_group import Operands, agree, compute_together
+from lora_kernels.modules.grouped_lora_linear import GROUPED
+from lora_kernels.modules.layer_group import (
+    AnyOperands,
+    QuantOperands,
+    agree,
+    compute_together,
+)
 from lora_kernels.modules.lora_linear import LoRALinear
 from lora_kernels.modules.lora_transposed_linear import LoRATransposedLinear
 from lora_kernels.modules.quant_linear import QuantLinear
@@ -21,10 +26,10 @@ _LAYERS = (nn.Linear, LoRATransposedLinear, QuantLinear)  # LoRALinear is an nn.
 
 
 def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
-    """The result of every layer for x. Those that are exactly LoRALinear, have no hooks, and agree
-    on dropout and dtypes are one call of the op, in which each drops its own elements of x; frozen
-    nn.Linear beside them are part of it."""
-    together: dict[int, Operands] = {}
+    """The result of every layer for x. Those that are exactly LoRALinear (or all QuantLoRALinear),
+    have no hooks, and agree on dropout and dtypes are one call of the op, in which each drops its
+    own elements of x; frozen nn.Linear beside LoRALinear are part of it."""
+    together: dict[int, AnyOperands] = {}
     for i, layer in enumerate(layers):
         found = grouped_lora_linear.operands(layer, x) if _is_adapted(layer) else None
         first = next(iter(together.values()), found)
@@ -33,6 +38,8 @@ def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     if together:
         first = next(iter(together.values()))
         for i, layer in enumerate(layers):
+            if isinstance(first, QuantOperands):
+                break
             found = grouped_linear.operands(layer, x) if grouped_linear.can_join(layer) else None
             if found is not None and agree(first, found):
                 together[i] = found
@@ -44,7 +51,7 @@ def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
 
 
 def _is_adapted(layer: nn.Module) -> bool:
-    exact = type(layer) in (LoRALinear, GroupedLoRALinear)
+    exact = type(layer) in (*GROUPED, *GROUPED.values())
     return exact and not grouped_linear.has_hooks(layer) and "forward" not in layer.__dict__
 
 

@@ -13,9 +13,11 @@ from lora_kernels.integrations.peft import linear
 class FusedLinear4bit(Linear4bit):
     """``peft.tuners.lora.bnb.Linear4bit`` on the fused op; no state of its own."""
 
+    fused_by_lora_kernels = True
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As :meth:`FusedLoraLinear.forward`."""
-        y = linear.fused_call(self, x, args, kwargs)
+        y = linear.grouped_or_fused(self, x, args, kwargs)
         return Linear4bit.forward(self, x, *args, **kwargs) if y is None else y
 
     def _get_name(self) -> str:
@@ -28,9 +30,11 @@ class FusedLinear4bit(Linear4bit):
 class FusedLinear8bitLt(Linear8bitLt):
     """``peft.tuners.lora.bnb.Linear8bitLt`` on the fused op; no state of its own."""
 
+    fused_by_lora_kernels = True
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As :meth:`FusedLoraLinear.forward`; the activations are not rounded to eight bits."""
-        y = linear.fused_call(self, x, args, kwargs)
+        y = linear.grouped_or_fused(self, x, args, kwargs)
         return Linear8bitLt.forward(self, x, *args, **kwargs) if y is None else y
 
     def _get_name(self) -> str:

@@ -14,9 +14,11 @@ from lora_kernels.integrations.peft import linear
 class FusedGPTQLoraLinear(GPTQLoraLinear):
     """``peft.tuners.lora.gptq.GPTQLoraLinear`` on the fused op; no state of its own."""
 
+    fused_by_lora_kernels = True
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As :meth:`FusedLoraLinear.forward`."""
-        y = linear.fused_call(self, x, args, kwargs)
+        y = linear.grouped_or_fused(self, x, args, kwargs)
         return GPTQLoraLinear.forward(self, x, *args, **kwargs) if y is None else y
 
     def _get_name(self) -> str:
@@ -29,9 +31,11 @@ class FusedGPTQLoraLinear(GPTQLoraLinear):
 class FusedAwqLoraLinear(AwqLoraLinear):
     """``peft.tuners.lora.awq.AwqLoraLinear`` on the fused op; no state of its own."""
 
+    fused_by_lora_kernels = True
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As :meth:`FusedLoraLinear.forward`."""
-        y = linear.fused_call(self, x, args, kwargs)
+        y = linear.grouped_or_fused(self, x, args, kwargs)
         return AwqLoraLinear.forward(self, x, *args, **kwargs) if y is None else y
 
     def _get_name(self) -> str:

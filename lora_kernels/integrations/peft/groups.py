@@ -12,14 +12,14 @@ from lora_kernels.integrations.peft.quant_base import is_quantized
 from lora_kernels.modules import grouped_linear, grouped_lora_linear
 from lora_kernels.modules.blocks import blocks_of, groups_of, row_of, rows
 from lora_kernels.modules.grouped_linear import GroupedLinear
-from lora_kernels.modules.grouped_lora_linear import GroupedLoRALinear
-from lora_kernels.modules.layer_group import LayerGroup, Operands, group_of
+from lora_kernels.modules.layer_group import AnyOperands, LayerGroup, group_of
 from lora_kernels.modules.lora_linear import LoRALinear
+from lora_kernels.modules.quant_linear import QuantLinear
 from lora_kernels.modules.report import FUSED, STOCK
 from lora_kernels.ops import _dispatch
 
 KIND = "grouped_lora_linear"
-_CLASSES: dict[Any, Any] = {LoRALinear: GroupedLoRALinear, nn.Linear: GroupedLinear}
+_CLASSES: dict[Any, Any] = {**grouped_lora_linear.GROUPED, nn.Linear: GroupedLinear}
 
 
 def form_groups(model: nn.Module) -> tuple[list[dict[str, Any]], list[LayerGroup]]:
@@ -100,7 +100,7 @@ def _joins(module: nn.Module, adapted: Any) -> bool:
     """A layer without an adapter that can be computed together with this one."""
     weight = adapted.weight if isinstance(adapted, LoRALinear) else adapted.get_base_layer().weight
     layer: Any = module
-    return (
+    return not _quantized(adapted) and (
         grouped_linear.can_join(layer)
         and layer.in_features == adapted.in_features
         and layer.weight.dtype == weight.dtype == grouped_linear.DTYPE
@@ -113,12 +113,12 @@ def _operands_of(adapted: dict[str, nn.Module]) -> Any:
     return _operands_of_ours if ours else _operands_of_peft
 
 
-def _operands_of_ours(layer: Any, x: Tensor) -> Operands | None:
+def _operands_of_ours(layer: Any, x: Tensor) -> AnyOperands | None:
     plain = isinstance(layer, GroupedLinear)
     return (grouped_linear if plain else grouped_lora_linear).operands(layer, x)
 
 
-def _operands_of_peft(layer: Any, x: Tensor) -> Operands | None:
+def _operands_of_peft(layer: Any, x: Tensor) -> AnyOperands | None:
     plain = isinstance(layer, GroupedLinear)
     return (grouped_linear if plain else linear).operands(layer, x)
 
@@ -153,8 +153,13 @@ def _reason(
     return ""
 
 
+def _quantized(module: Any) -> bool:
+    if isinstance(module, LoRALinear):
+        return isinstance(module, QuantLinear)
+    return is_quantized(module.get_base_layer())
+
+
 def _member_reason(module: Any) -> str:
-    fused = (linear.FusedLoraLinear, LoRALinear, GroupedLoRALinear)
     if "forward" in module.__dict__:
         return "the layer has a forward of its own on the instance"
     if (
@@ -165,15 +170,13 @@ def _member_reason(module: Any) -> str:
     ):
         return "the layer has hooks"
     if isinstance(module, LoraLayer):
-        if is_quantized(module.get_base_layer()):
-            return "its weight is quantized; such layers are computed one by one"
-        if not isinstance(module, linear.FusedLoraLinear):
+        if not getattr(type(module), "fused_by_lora_kernels", False):
             return "the layer is stock"
         active = [a for a in module.active_adapters if a in module.lora_A]
         if len(active) > 1:
             return "several adapters are active"
         return "the adapter is DoRA" if _adapter(module) in module.lora_variant else ""
-    if type(module) not in fused:
+    if type(module) not in (*_CLASSES, *_CLASSES.values()):
         return f"{type(module).__name__} layers are computed one by one"
     return "the adapter is DoRA" if module.lora_magnitude_vector is not None else ""
 
@@ -190,6 +193,9 @@ def _dropout(module: Any) -> float:
 
 
 def _dtypes(module: Any) -> tuple[object, ...]:
+    if _quantized(module):
+        base = module if isinstance(module, LoRALinear) else module.get_base_layer()
+        return "quantized", getattr(base, "compute_dtype", None)
     if isinstance(module, LoRALinear):
         return module.weight.dtype, module.lora_A.dtype
     return module.base_layer.weight.dtype, module.lora_A[_adapter(module)].weight.dtype

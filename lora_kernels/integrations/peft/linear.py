@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft.tuners.lora.layer import VARIANT_KWARG_KEYS, Linear, LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -13,7 +14,7 @@ from lora_kernels.integrations.peft.eligibility import Parts, parts_of
 from lora_kernels.integrations.peft.fallback import call_falls_back
 from lora_kernels.integrations.peft.quant_base import is_quantized
 from lora_kernels.modules import quant_peft
-from lora_kernels.modules.layer_group import Operands, group_of
+from lora_kernels.modules.layer_group import AnyOperands, Operands, QuantOperands, group_of
 from lora_kernels.ops import dora_linear, lora_linear
 
 # Keywords that PEFT's hooks add. The offsets of activated LoRA concern adapters that are variants,
@@ -29,6 +30,8 @@ class FusedLoraLinear(Linear):
     on (active adapter, scaling, dropout, hooks, dtypes) is read on every call.
     """
 
+    fused_by_lora_kernels = True
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x ``[..., in_features]`` -> ``[..., out_features]``, in the dtype PEFT would give.
 
@@ -37,9 +40,7 @@ class FusedLoraLinear(Linear):
         Raises:
             StrictFallbackError: such a call under ``LORA_KERNELS_STRICT=1``.
         """
-        group = group_of(self)
-        y = None if group is None or args or kwargs else group.call(self, x)
-        y = fused_call(self, x, args, kwargs) if y is None else y
+        y = grouped_or_fused(self, x, args, kwargs)
         # Not super(): see conversion._swap.
         return Linear.forward(self, x, *args, **kwargs) if y is None else y
 
@@ -60,6 +61,15 @@ class FusedQuantLoraLinear(FusedLoraLinear):
     def unmerge(self) -> None:
         """As PEFT, likewise."""
         quant_peft.unmerge(self)
+
+
+def grouped_or_fused(
+    layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    """The result from the layer's group, or :func:`fused_call`."""
+    group = group_of(layer)
+    y = None if group is None or args or kwargs else group.call(layer, x)
+    return fused_call(layer, x, args, kwargs) if y is None else y
 
 
 def fused_call(
@@ -102,21 +112,33 @@ def _adapter_of_call(
     return names[0] if names else "", ""
 
 
-def operands(layer: LoraLayer, x: Tensor) -> Operands | None:
+def operands(layer: LoraLayer, x: Tensor) -> AnyOperands | None:
     """What a grouped call needs of `layer` for x; None when its call has to be its own."""
     adapter, _ = _adapter_of_call(layer, (), {})
     if not adapter:
         return None
     parts = parts_of(layer, adapter)
+    if is_quantized(parts.base):
+        return _quant_operands(layer, adapter, parts, x)
     if (
         adapter in layer.lora_variant
-        or is_quantized(parts.base)
         or eligibility.layer_reason(layer, adapter, parts)
         or eligibility.mode_reason()
         or eligibility.tensor_reason(layer, x, eligibility.named_parameters(parts))
     ):
         return None
     return _operands(parts, layer.scaling[adapter])
+
+
+def _quant_operands(
+    layer: LoraLayer, adapter: str, parts: Parts, x: Tensor
+) -> QuantOperands | None:
+    if torch.compiler.is_compiling() or adapter in layer.lora_variant:
+        return None
+    if eligibility.layer_reason(layer, adapter, parts) or eligibility.mode_reason():
+        return None
+    base, _ = quant_linear.prepared(layer, parts, x)
+    return None if base is None else quant_linear.operands(parts, base, layer.scaling[adapter])
 
 
 def _operands(parts: Parts, scaling: float) -> Operands:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lora_kernels.integrations.peft import eligibility
 from lora_kernels.integrations.peft.eligibility import Parts
 from lora_kernels.integrations.peft.quant_base import QuantBase, quantized_base
+from lora_kernels.modules.layer_group import QuantOperands
 from lora_kernels.ops.quant_linear import quant_lora_linear
 
 
@@ -47,16 +48,24 @@ def settle_compute_dtype(base: Any, x: Tensor) -> None:
         base.compute_type_is_set = True
 
 
-def fused(x: Tensor, parts: Parts, base: QuantBase, scaling: float) -> Tensor:
-    """x ``[..., in_features]`` -> ``[..., out_features]`` in the dtype of x, or autocast's."""
+def operands(parts: Parts, base: QuantBase, scaling: float) -> QuantOperands:
+    """What the op needs for one call."""
     bias, dropout = base.bias, parts.dropout
     if parts.lora_b.bias is not None:
         update = parts.lora_b.bias * scaling
         bias = update if bias is None else bias + update
-    compute = x if base.compute_dtype is None else x.to(base.compute_dtype)
+    rate = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+    return QuantOperands(
+        base.q, parts.lora_a.weight, parts.lora_b.weight, scaling, bias, rate, base.compute_dtype
+    )
+
+
+def fused(x: Tensor, parts: Parts, base: QuantBase, scaling: float) -> Tensor:
+    """x ``[..., in_features]`` -> ``[..., out_features]`` in the dtype of x, or autocast's."""
+    q, lora_a, lora_b, scaling, bias, dropout_p, dtype = operands(parts, base, scaling)
     y = quant_lora_linear(
-        compute, base.q, parts.lora_a.weight, parts.lora_b.weight, scaling, bias=bias,
-        dropout_p=dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
+        x if dtype is None else x.to(dtype), q, lora_a, lora_b, scaling, bias=bias,
+        dropout_p=dropout_p,
     )  # fmt: skip
     return y if base.compute_dtype is None else y.to(x.dtype)
 
