@@ -26,17 +26,21 @@ from lora_kernels.integrations.transformers.causal_lm_loss import (
     loss_is_fused,
     unfuse_loss,
 )
+from lora_kernels.integrations.transformers.rms_norms import fuse_norms, swap_back
+from lora_kernels.integrations.transformers.rms_norms import to_stock as norm_to_stock
 from lora_kernels.modules.layer_group import LayerGroup
 from lora_kernels.modules.quant_linear import QuantLinear
 from lora_kernels.modules.report import FUSED, STOCK, LayerReport
+from lora_kernels.modules.traversal import adapter_parameters
 from lora_kernels.ops import _dispatch, explain
 
 _ROWS = 1024  # of the problem for which the report names a backend
 
 
 def apply(
-    model: nn.Module, *, fused_loss: bool = False, recompute_activations: bool = False
-) -> ApplyReport:
+    model: nn.Module, *, fused_loss: bool = False, recompute_activations: bool = False,
+    fused_norms: bool = True,
+) -> ApplyReport:  # fmt: skip
     """Let every LoRA linear of `model` that can be fused run fused.
 
     Works on a model that is already built: by ``get_peft_model``, ``PeftModel.from_pretrained``
@@ -61,6 +65,9 @@ def apply(
         recompute_activations: MLP blocks of known classes do not keep the activation for the
             backward but compute it again: less memory (docs/blocks.md), one more pass. Such a
             model cannot be pickled whole.
+        fused_norms: RMS norms of known classes run on ``lk.ops.rms_norm`` where one of its kernels
+            beats what the model spells out (docs/blocks.md). False gives them their own forward
+            back.
 
     Returns:
         The :class:`ApplyReport`; a model without LoRA layers gives an empty one.
@@ -70,34 +77,37 @@ def apply(
         StrictFallbackError: ``LORA_KERNELS_STRICT=1`` and a layer would be stock; nothing changed.
         BackendUnavailableError: ``LORA_KERNELS_BACKEND`` names a backend that cannot run a layer.
     """
-    return _apply(model, fused_loss, recompute_activations)[0]
+    return _apply(model, fused_loss, recompute_activations, fused_norms)[0]
 
 
 def unapply(model: nn.Module) -> int:
     """Give every fused layer and MLP block of `model` its class back, and the loss its logits.
 
     Returns:
-        How many layers, blocks and losses changed; 0 when none was fused.
+        How many layers, blocks and losses changed, norms not counted; 0 when none was fused.
 
     Raises:
         InvalidArgumentError: `model` is not a torch.nn.Module.
     """
     dissolve_groups(_checked(model))
     layers = sum(_to_stock(module) or mlp_to_stock(module) for module in model.modules())
+    for module in model.modules():
+        norm_to_stock(module)
     return layers + unfuse_loss(model)
 
 
 @contextmanager
 def applied(
-    model: nn.Module, *, fused_loss: bool = False, recompute_activations: bool = False
-) -> Iterator[ApplyReport]:
+    model: nn.Module, *, fused_loss: bool = False, recompute_activations: bool = False,
+    fused_norms: bool = True,
+) -> Iterator[ApplyReport]:  # fmt: skip
     """``with applied(model) as report:`` fused inside; what it changed returns after.
 
     Raises:
         As :func:`apply`.
     """
     before = loss_is_fused(_checked(model))
-    report, changed, groups = _apply(model, fused_loss, recompute_activations)
+    report, changed, groups, norms = _apply(model, fused_loss, recompute_activations, fused_norms)
     try:
         yield report
     finally:
@@ -105,6 +115,8 @@ def applied(
             take_apart(group)
         for module in changed:
             _ = _to_stock(module) or mlp_to_stock(module)
+        for module in norms:
+            swap_back(module)
         if fused_loss and not before:
             unfuse_loss(model)
 
@@ -118,8 +130,8 @@ def _checked(model: Any) -> nn.Module:
 
 
 def _apply(
-    model: nn.Module, fused_loss: bool, recompute: bool
-) -> tuple[ApplyReport, list[nn.Module], list[LayerGroup]]:
+    model: nn.Module, fused_loss: bool, recompute: bool, fused_norms: bool
+) -> tuple[ApplyReport, list[nn.Module], list[LayerGroup], list[nn.Module]]:
     layers: list[tuple[str, Any]] = [
         (n, m) for n, m in _checked(model).named_modules() if isinstance(m, LoraLayer)
     ]
@@ -151,7 +163,11 @@ def _apply(
         report.groups.extend(
             {"kind": "linear_cross_entropy", **asdict(entry)} for entry in fuse_loss(model)
         )
-    return report, changed, groups
+    # A model of which no layer is fused computes what it did before, bit for bit.
+    ours = bool(report.fused) or any(adapter_parameters(m) for m in model.modules())
+    entries_of_norms, norms = fuse_norms(model, fused_norms and ours)
+    report.norms.extend(entries_of_norms)
+    return report, changed, groups, norms
 
 
 def _look_at(layer: LoraLayer, sharded: bool) -> tuple[str, bool]:

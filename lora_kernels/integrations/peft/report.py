@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from lora_kernels.modules.report import LayerReport, Report
 
@@ -24,12 +25,22 @@ class ApplyReport(Report):
     block, "members": [names], "status": "fused" or "stock", "reason"}``: stock ones are fused
     layer by layer. With recompute_activations there is one of kind ``recomputed_activation`` for
     every MLP block; with fused_loss also one for each model whose loss was looked at.
+
+    `norms` holds a dict for every RMS norm of a known class, ``{"kind": "rms_norm", "name",
+    "status", "reason", "backend"}``.
     """
+
+    norms: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """``{"layers": [...], "groups": [...]}``, and ``"norms"`` where the model has any."""
+        norms = {"norms": [dict(norm) for norm in self.norms]} if self.norms else {}
+        return {**super().to_dict(), **norms}
 
     def __str__(self) -> str:
         """Layers that differ by block number alone share a row, if all else is equal."""
         if not self.layers:
-            return "\n".join(self._group_lines()) or "no LoRA layer found"
+            return "\n".join([*self._group_lines(), *self._norm_lines()]) or "no LoRA layer found"
         alike: dict[tuple[str, str, str, str], list[LayerReport]] = {}
         for e in self.layers:
             alike.setdefault((_pattern(e.name), e.status, e.backend, e.reason), []).append(e)
@@ -43,7 +54,7 @@ class ApplyReport(Report):
             + "  ".join(c.ljust(w) for c, w in zip(row[1:], widths[1:], strict=True))
             for row in rows
         ]
-        lines += self._group_lines()
+        lines += [*self._group_lines(), *self._norm_lines()]
         lines.append(f"{len(self.fused)} of {len(self.layers)} LoRA layers fused")
         return "\n".join(line.rstrip() for line in lines)
 
@@ -56,3 +67,7 @@ class ApplyReport(Report):
                 how = "the activation is recomputed" if entry["kind"] == MLP else how
                 alike[what, entry["reason"] or how] += 1
         return [f"{count} x {what}: {how}" for (what, how), count in alike.items()]
+
+    def _norm_lines(self) -> list[str]:
+        alike = Counter(n["reason"] or f"normalized on {n['backend']}" for n in self.norms)
+        return [f"{count} RMS norms: {how}" for how, count in alike.items()]
