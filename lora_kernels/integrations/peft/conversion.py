@@ -21,6 +21,7 @@ from lora_kernels.integrations.peft.mlp_blocks import recompute_activations
 from lora_kernels.integrations.peft.mlp_blocks import to_stock as mlp_to_stock
 from lora_kernels.integrations.peft.quant_base import is_quantized, quantized_base
 from lora_kernels.integrations.peft.report import ApplyReport
+from lora_kernels.integrations.peft.rotary_blocks import fuse_rotary, rotary_blocks
 from lora_kernels.integrations.transformers.causal_lm_loss import (
     fuse_loss,
     loss_is_fused,
@@ -55,8 +56,12 @@ def apply(
     together by the first of them that is called; see docs/blocks.md. The report's groups list
     them, and say why not where not. The same is done for the layers of :func:`replace_modules`.
 
+    Attention blocks of known classes rotate queries and keys by ``lk.ops.rope`` wherever it has a
+    kernel of its own; their class changes, too.
+
     ``LORA_KERNELS_DISABLE=apply`` (or ``lora_linear``) leaves every layer stock;
-    ``LORA_KERNELS_DISABLE=grouped_lora_linear`` fuses each layer by itself.
+    ``LORA_KERNELS_DISABLE=grouped_lora_linear`` fuses each layer by itself, ``rope`` leaves the
+    rotation to the model.
 
     Args:
         fused_loss: causal language models compute the loss of a call with labels by
@@ -81,7 +86,7 @@ def apply(
 
 
 def unapply(model: nn.Module) -> int:
-    """Give every fused layer and MLP block of `model` its class back, and the loss its logits.
+    """Give every fused layer and block of `model` its class back, and the loss its logits.
 
     Returns:
         How many layers, blocks and losses changed, norms not counted; 0 when none was fused.
@@ -93,7 +98,8 @@ def unapply(model: nn.Module) -> int:
     layers = sum(_to_stock(module) or mlp_to_stock(module) for module in model.modules())
     for module in model.modules():
         norm_to_stock(module)
-    return layers + unfuse_loss(model)
+    blocks = sum(_swap(*change) for change in list(rotary_blocks(model)))
+    return layers + blocks + unfuse_loss(model)
 
 
 @contextmanager
@@ -114,7 +120,9 @@ def applied(
         for group in groups:
             take_apart(group)
         for module in changed:
-            _ = _to_stock(module) or mlp_to_stock(module)
+            if not (_to_stock(module) or mlp_to_stock(module)):
+                for change in rotary_blocks(module, deep=False):
+                    _swap(*change)
         for module in norms:
             swap_back(module)
         if fused_loss and not before:
@@ -155,6 +163,10 @@ def _apply(
             _to_stock(layer)
     entries_of_groups, groups = form_groups(model)
     report.groups.extend(entries_of_groups)
+    if layers or entries_of_groups:
+        entries_of_rotations, rotations = fuse_rotary(model)
+        report.groups.extend(entries_of_rotations)
+        changed.extend(block for block, *classes in rotations if _swap(block, *classes))
     if recompute:
         entries_of_mlps, blocks = recompute_activations(model)
         report.groups.extend(entries_of_mlps)
