@@ -30,6 +30,7 @@ COMMON = [
     "-Wall",
     "-Wextra",
     "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
 ]
 COMMON += ["-O0", "-g"] if DEBUG else ["-O3"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]

@@ -26,6 +26,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_engine", &attention::engine_name, py::arg("dtype"));
   m.def("attention_fwd", &attention::attention_fwd, release());
   m.def("attention_bwd", &attention::attention_bwd, release());
+  m.def("attention_decode", &attention::attention_decode, release());
   m.def("gated_activation_fwd", &gated_activation::gated_activation_fwd, release());
   m.def("gated_activation_bwd", &gated_activation::gated_activation_bwd, release());
   m.def("gated_activation_fwd_products", &gated_activation::gated_activation_fwd_products,

@@ -1,38 +1,23 @@
 // Host entry of attention on the CPU: operands, Params, tasks, threads, engine.
 #include "attention_host.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <vector>
 
 #include "../cpu/isa.h"
 #include "../cpu/memory.h"
 #include "attention.h"
+#include "host_operands.h"
 
 namespace lora_kernels::attention {
 namespace {
 
 constexpr int64_t kPassBytes = 5 << 18;  // of a backward pass over keys: what L2 keeps beside a block
 constexpr int64_t kLeastRows = 128;      // of a chunk: below, packing the keys again costs too much
-
-Dtype dtype_of(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return Dtype::kFloat32;
-    case at::kBFloat16:
-      return Dtype::kBFloat16;
-    case at::kHalf:
-      return Dtype::kFloat16;
-    default:
-      TORCH_CHECK(false, "attention (cpu): dtype ", type,
-                  " is not supported; accepted: float32, bfloat16, float16");
-  }
-}
 
 const Engine& engine_for(at::ScalarType type) {
   using cpu::Isa;
@@ -43,22 +28,6 @@ const Engine& engine_for(at::ScalarType type) {
   if (engine == nullptr && isa >= Isa::kAvx512) engine = engine_avx512(dtype);
   if (engine == nullptr && isa >= Isa::kAvx2) engine = engine_avx2(dtype);
   return engine == nullptr ? *engine_baseline(dtype) : *engine;
-}
-
-at::Tensor readable(const at::Tensor& t) {
-  return t.size(-1) == 1 || t.stride(-1) == 1 ? t : t.contiguous();
-}
-
-Rows rows_of(const at::Tensor& t) {
-  void* data = const_cast<void*>(t.const_data_ptr());
-  if (t.dim() == 3) return {data, 0, t.stride(0), t.stride(1)};
-  return {data, t.stride(0), t.stride(1), t.stride(2)};
-}
-
-RowValues row_values(const at::Tensor& t) {
-  float* data = const_cast<float*>(t.const_data_ptr<float>());
-  if (t.dim() == 2) return {data, 0, t.stride(0)};
-  return {data, t.stride(0), t.stride(1)};
 }
 
 at::Tensor new_row_values(const at::Tensor& q) {
@@ -149,21 +118,6 @@ struct Arguments {
     }
   }
 };
-
-int64_t threads_here() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
-
-// Tasks differ in size (causal), so threads take the next one as they come; what a task computes
-// does not depend on who runs it.
-template <class Body>
-void run_tasks(int64_t tasks, const Body& body) {
-  std::atomic<int64_t> next{0};
-  const int64_t threads = std::min(threads_here(), tasks);
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      for (int64_t task = next++; task < tasks; task = next++) body(task);
-    }
-  });
-}
 
 // How many parts make `wanted` tasks of `units`, none of them below `least` of `size`.
 int64_t parts_for(int64_t wanted, int64_t units, int64_t size, int64_t least) {

@@ -34,6 +34,24 @@ struct Sequence {
   int64_t row, rows, key, keys, slot;
 };
 
+namespace {  // compiled once per instruction set
+
+struct Range {
+  int64_t begin, end;
+  bool empty() const { return end <= begin; }
+};
+
+// Keys that row i of a sequence sees, `left` and `right` of it or unlimited (-1); the last row stands
+// at the last key. Both ends rise with i.
+inline Range seen_keys(const Sequence& s, int64_t left, int64_t right, int64_t i) {
+  const int64_t at = i + s.keys - s.rows, high = at + right + 1;
+  Range seen{left < 0 || at < left ? 0 : at - left, s.keys};
+  if (right >= 0 && high < s.keys) seen.end = high < 0 ? 0 : high;
+  return seen;
+}
+
+}  // namespace
+
 enum class MaskKind : int { kNone, kBool, kFloat32, kBFloat16, kFloat16 };
 struct Mask {
   const void* data;

@@ -29,4 +29,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention
     double scale, int64_t left, int64_t right, double softcap, double dropout_p, bool need_dq,
     bool need_dk, bool need_dv, bool need_dmask);
 
+// (out, lse) of the newest rows q over a cache; block_table null: contiguous; num_splits 0: chosen.
+std::tuple<at::Tensor, at::Tensor> attention_decode(
+    const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
+    const at::Tensor& cache_seqlens, const Maybe& block_table, const Maybe& sinks,
+    const Maybe& slopes, double scale, int64_t left, int64_t right, double softcap,
+    int64_t num_splits);
+
 }  // namespace lora_kernels::attention

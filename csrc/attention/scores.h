@@ -7,11 +7,6 @@
 namespace lora_kernels::attention {
 namespace {
 
-struct Range {
-  int64_t begin, end;
-  bool empty() const { return end <= begin; }
-};
-
 // One query head of one sequence.
 struct Head {
   int64_t b, h, stream;
@@ -31,12 +26,7 @@ struct Head {
     slope = p.slopes != nullptr ? p.slopes[b * p.slopes_batch + h] : 0.0f;
   }
 
-  // Keys that row i sees; both ends rise with i.
-  Range seen(int64_t i) const {
-    const int64_t at = i + offset;
-    return {left < 0 ? 0 : std::max<int64_t>(0, at - left),
-            right < 0 ? span.keys : std::max<int64_t>(0, std::min(span.keys, at + right + 1))};
-  }
+  Range seen(int64_t i) const { return seen_keys(span, left, right, i); }
   Range seen(int64_t i0, int64_t i1) const { return {seen(i0).begin, seen(i1 - 1).end}; }
 };
 

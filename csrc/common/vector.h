@@ -19,9 +19,18 @@ typedef uint16_t HVec __attribute__((vector_size(LK_LANES * 2)));
 typedef uint16_t HVecU __attribute__((vector_size(LK_LANES * 2), aligned(2), may_alias));
 
 inline Vec load(const float* p) { return *reinterpret_cast<const VecU*>(p); }
+// gcc 12 makes two halves and an insertion of a conversion in vector types.
 inline Vec load(const bf16* p) {
+#if LK_LANES == 16 && defined(__AVX512F__)
+  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
+#elif LK_LANES == 8 && defined(__AVX2__)
+  const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16);
+#else
   const HVec h = *reinterpret_cast<const HVecU*>(p);
   return (Vec)(__builtin_convertvector(h, UVec) << 16);
+#endif
 }
 inline Vec load(const fp16* p) {
 #if LK_LANES == 16 && defined(__AVX512F__)
@@ -61,7 +70,12 @@ inline void store_vec(bf16* p, Vec v) {
   const UVec rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const UVec quiet = (u >> 16) | 0x40u;
   const UVec nan = (UVec)((u & 0x7fffffffu) > 0x7f800000u);
-  *reinterpret_cast<HVecU*>(p) = __builtin_convertvector((quiet & nan) | (rounded & ~nan), HVec);
+  const UVec bits = (quiet & nan) | (rounded & ~nan);
+#if LK_LANES == 16 && defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)bits));
+#else
+  *reinterpret_cast<HVecU*>(p) = __builtin_convertvector(bits, HVec);
+#endif
 }
 inline void store_vec(fp16* p, Vec v) {
 #if LK_LANES == 16 && defined(__AVX512F__)

@@ -180,6 +180,27 @@ def test_greedy_tokens(family):
     assert torch.equal(*found)
 
 
+def test_generation_steps_read_the_cache_in_place(monkeypatch):
+    from lora_kernels.integrations.transformers import attention as implementation
+
+    calls = []
+    decode = implementation.attention_decode
+
+    def counted(q, *rest, **options):
+        calls.append(q.shape[1])
+        return decode(q, *rest, **options)
+
+    monkeypatch.setattr(implementation, "attention_decode", counted)
+    model, ids = FAMILIES["llama"].build("lora_kernels"), tokens()
+    model.generation_config.eos_token_id = None
+    mask = torch.ones_like(ids)
+    model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+    assert calls == [1] * 3 * model.config.num_hidden_layers  # the first token is the prompt's
+    mask[0, :2] = 0
+    model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+    assert len(calls) == 3 * model.config.num_hidden_layers  # padding needs the mask
+
+
 def test_static_cache():
     model = FAMILIES["llama"].build("lora_kernels")
     ids = tokens()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,14 +11,31 @@ import torch
 from torch.library import opcheck
 
 import lora_kernels as lk
+from lora_kernels._backends import cpu as library_loader
 from lora_kernels.errors import BackendUnavailableError, InvalidArgumentError
 from lora_kernels.ops import _registry, attention_decode
+from lora_kernels.testing import BudgetExceededError
 from tests.ops.decode_cases import CASES, check_decode, decode_inputs
 
+_library, _reason = library_loader.load()
+if _library is not None and not hasattr(_library, "attention_decode"):
+    _library, _reason = None, "lora_kernels._C was built without attention_decode"
 
-@pytest.fixture(params=["reference", "aten"])
+
+@pytest.fixture(params=["reference", "aten", "cpu"])
 def backend(request) -> str:
+    if request.param == "cpu" and _library is None:
+        pytest.skip(_reason)
     return request.param
+
+
+@pytest.fixture(params=_library.machine_isas() if _library is not None else ["none"])
+def isa(request) -> Iterator[str]:
+    if _library is None:
+        pytest.skip(_reason)
+    _library.set_isa_limit(request.param)
+    yield request.param
+    _library.set_isa_limit("")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -124,9 +142,12 @@ def test_backends_without_a_cache_say_so():
     with pytest.raises(BackendUnavailableError, match="kernels"):
         attention_decode(**arguments, backend="triton")
     shapes = {"B": 2, "S": 1, "H": 8, "Hk": 2, "D": 64, "Sk": 4096}
-    for cache, dtype in itertools.product(("contiguous", "paged"), ("float32", "bfloat16")):
+    for cache, dtype in itertools.product(("contiguous", "paged"), ("float64", "bfloat16")):
         told = lk.explain("attention", **shapes, cache=cache, dtype=dtype)
-        assert told["backend"] == "aten" and "the cache as a batch" in told["reason"]
+        if dtype == "float64":
+            assert told["backend"] == "aten" and "the cache as a batch" in told["reason"]
+        else:
+            assert told["backend"] in ("aten", "cpu")
     with pytest.raises(InvalidArgumentError, match="cache='ring'"):
         lk.explain("attention", **shapes, cache="ring")
 
@@ -142,3 +163,61 @@ def test_out_of_range_is_not_a_number_where_it_cannot_be_refused():
     assert bad.tolist() == [True, True, True]
     fine = decode_aten._out_of_range(i.cache_seqlens, i.block_table, i.k_cache)
     assert not fine.any()
+
+
+# Edges of the kernel: 4 rows, 64 keys of a block, 256 of a chunk, vectors of 4, 8 and 16.
+SHAPES: dict[str, dict[str, Any]] = {
+    "chunks": {"lengths": (600, 256, 1, 0), "D": 64, "H": 6},
+    "rows": {"lengths": (65, 300), "S": 5, "H": 6, "D": 24, "Dv": 72},
+    "tails": {"lengths": (70, 257), "D": 7, "Dv": 130, "H": 3, "Hk": 3, "S": 2},
+    "window": {"lengths": (700, 31), "S": 2, "window": (300, 0), "D": 40, "softcap": 2.0},
+    "one element": {"lengths": (5, 3), "D": 1, "Dv": 1, "alibi": True, "sinks": True},
+    "tiles": {"lengths": (90, 33, 0), "S": 20, "sinks": True, "alibi": True, "window": (40, 0)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("page", [0, 16], ids=["contiguous", "paged"])
+@pytest.mark.parametrize("case", SHAPES)
+def test_every_isa(isa, case, page):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        check_decode(decode_inputs(page=page, dtype=dtype, **SHAPES[case]), "cpu")
+
+
+@pytest.mark.parametrize("splits", [1, 3, 128])
+def test_any_number_of_splits(isa, splits):
+    i = decode_inputs(lengths=(600, 70, 0), S=2, page=7, sinks=True, window=(400, 0))
+    check_decode(i, "cpu", num_splits=splits)
+
+
+def test_bits_of_a_sequence_depend_on_neither_the_batch_nor_the_threads(isa):
+    i = decode_inputs(lengths=(600, 70, 333), S=2, D=40, page=8, dtype=torch.bfloat16)
+    arguments = i.arguments()
+    whole = attention_decode(**arguments, backend="cpu")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(attention_decode(**arguments, backend="cpu"), whole)
+    finally:
+        torch.set_num_threads(threads)
+    for b in range(3):
+        one = {n: arguments[n][b : b + 1] for n in ("q", "cache_seqlens", "block_table")}
+        assert torch.equal(attention_decode(**{**arguments, **one}, backend="cpu")[0], whole[b])
+
+
+def test_one_wrong_value_of_600_is_noticed(monkeypatch):
+    from lora_kernels.ops.attention import decode_cpu
+
+    if _library is None:
+        pytest.skip(_reason)
+    i = decode_inputs(lengths=(600,), D=64, page=8)
+    check_decode(i, "cpu")
+    right = decode_cpu.attention_decode
+
+    def wrong(q: Any, k_cache: Any, v_cache: Any, *rest: Any) -> Any:
+        v_cache = v_cache.clone()
+        v_cache[i.block_table[0, 70].item(), 3] += 1.0
+        return right(q, k_cache, v_cache, *rest)
+
+    monkeypatch.setattr(decode_cpu, "attention_decode", wrong)
+    with pytest.raises(BudgetExceededError):
+        check_decode(i, "cpu")

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from lora_kernels.errors import InvalidArgumentError
-from lora_kernels.ops import attention
+from lora_kernels.ops import attention, attention_decode
 
 NAME = "lora_kernels"
 
@@ -87,6 +87,10 @@ def attention_forward(
         if position_bias is not None:
             position_bias = position_bias[..., :length]
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    if length == 1 and not (dropout or cu_seq_lens_q is not None or position_bias is not None):
+        step = _decode(q, k, v, attention_mask, scaling, softcap, s_aux)
+        if step is not None:
+            return step, None
     window = None
     if causal and sliding_window is not None and sliding_window < length:
         window = (sliding_window - 1, 0)
@@ -107,6 +111,22 @@ def attention_forward(
     out = attention(q, k, v, attn_mask=mask, **options)
     assert isinstance(out, Tensor)
     return out, None
+
+
+def _decode(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None,
+    softcap: float | None, sinks: Tensor | None,
+) -> Tensor | None:  # fmt: skip
+    """A generation step on the CPU, whose one query sees every key; None where it is none. The
+    kernels of a cache sum in another order than those that a gradient runs through."""
+    if mask is not None or q.device.type != "cpu":
+        return None
+    if any(t is not None and t.requires_grad for t in (q, k, v, sinks)):
+        return None
+    lengths = torch.full((q.shape[0],), k.shape[1], dtype=torch.int32, device=q.device)
+    out = attention_decode(q, k, v, lengths, scale=scaling, softcap=softcap, sinks=sinks)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _refuse(others: dict[str, Any]) -> None:

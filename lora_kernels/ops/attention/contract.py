@@ -7,9 +7,13 @@ softcap 0 is none; the mask is 4-D and the slopes are 2-D.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from lora_kernels.ops._autocast import without_autocast
+from lora_kernels.ops._eager import unwatched
 from lora_kernels.ops.attention import validate
 from lora_kernels.ops.attention.problem import AttentionProblem, launcher
 
@@ -69,7 +73,7 @@ def _fwd(
     p = problem(
         q, k, v, sinks, attn_mask, cu_seqlens, alibi_slopes, reach, softcap, dropout_p
     )  # fmt: skip
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         return launcher(p, backend, "fwd").attention_fwd(
             q, k, v, sinks, attn_mask, cu_seqlens, cu_seqlens_k, alibi_slopes, seed, scale,
             reach, softcap, dropout_p, deterministic,
@@ -89,7 +93,7 @@ def _bwd(
     )  # fmt: skip
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         grads = launcher(p, backend, "bwd").attention_bwd(
             dout, dlse, out, lse, q, k, v, sinks, attn_mask, cu_seqlens, cu_seqlens_k,
             alibi_slopes, seed, scale, reach, softcap, dropout_p, deterministic, needs,
@@ -132,5 +136,15 @@ for _key in ("CPU", "CUDA"):
 torch.library.register_fake("lora_kernels::attention_fwd", _fwd_fake, lib=_library)
 torch.library.register_fake("lora_kernels::attention_bwd", _bwd_fake, lib=_library)
 
-fwd = torch.ops.lora_kernels.attention_fwd.default
-bwd = torch.ops.lora_kernels.attention_bwd.default
+_fwd_op = torch.ops.lora_kernels.attention_fwd.default
+_bwd_op = torch.ops.lora_kernels.attention_bwd.default
+
+
+def fwd(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """The registered forward op, called directly where nothing can tell the difference."""
+    return _fwd(q, *args) if unwatched(q) else _fwd_op(q, *args)
+
+
+def bwd(dout: Tensor, *args: Any) -> list[Tensor]:
+    """The registered backward op, likewise."""
+    return _bwd(dout, *args) if unwatched(dout) else _bwd_op(dout, *args)

@@ -12,8 +12,8 @@ from lora_kernels.ops.attention.operands import sink_gradient
 from lora_kernels.ops.attention.problem import AttentionProblem
 
 _EVEN = frozenset({"float32", "gqa", "sinks", "bool_mask", "additive_mask"})
-_MEASURED = ("amx", "avx512")
-_LEAST_ROWS = 32  # below, packing the keys costs more than it saves
+MEASURED = ("amx", "avx512")
+LEAST_ROWS = 32  # below, packing the keys costs more than it saves
 
 
 def supports(problem: AttentionProblem) -> tuple[bool, str]:
@@ -37,10 +37,10 @@ def outruns_aten(problem: AttentionProblem) -> tuple[bool, str]:
         return able, why
     module, _ = backend.load()
     assert module is not None
-    if module.isa() not in _MEASURED:
+    if module.isa() not in MEASURED:
         return False, f"not measured against SDPA with {module.isa()} kernels"
-    if problem.S * (problem.H // problem.Hk) < _LEAST_ROWS:
-        return False, f"fewer than {_LEAST_ROWS} rows share a key head: SDPA reads the keys once"
+    if problem.S * (problem.H // problem.Hk) < LEAST_ROWS:
+        return False, f"fewer than {LEAST_ROWS} rows share a key head: SDPA reads the keys once"
     if problem.dtype == torch.float32 and problem.features() <= _EVEN:
         return False, "in fp32, with nothing to leave out, SDPA's products are as quick"
     return True, why

@@ -50,7 +50,7 @@ def attention_decode(
             causal by default, which is no restriction for a single query.
         num_splits: over how many programs a sequence's keys are split, 1 to 128; None chooses. The
             partial results are added in one order; another number of splits rounds otherwise.
-        backend: None or ``auto``, ``reference``, ``aten``, ``triton``.
+        backend: None or ``auto``, ``reference``, ``aten``, ``cpu``, ``triton``.
 
     Returns:
         ``[B, S, H, Dv]`` in the dtype of q; with return_lse also ``[B, H, S]`` in fp32 (fp64 for

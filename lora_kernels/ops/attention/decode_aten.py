@@ -42,6 +42,16 @@ def _bias(
     return torch.where(seen, bias, -torch.inf)
 
 
+def _all_keys(
+    q: Tensor, lengths: Tensor, slopes: Tensor | None, window: tuple[int, int], keys: int
+) -> bool:
+    """One query each, which sees all keys, as many as the others. Asked on the CPU alone."""
+    return (
+        q.device.type == "cpu" and q.shape[1] == 1 and keys > 0 and slopes is None
+        and window[0] < 0 and window[1] >= -1 and bool((lengths == keys).all())
+    )  # fmt: skip
+
+
 def attention_decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, block_table: Tensor | None,
     sinks: Tensor | None, alibi_slopes: Tensor | None, scale: float, window: tuple[int, int],
@@ -52,7 +62,9 @@ def attention_decode(
     if q.device.type == "cpu" and q.shape[0]:
         keys = int(cache_seqlens.max())
     lengths = cache_seqlens.long()
-    if keys == 0 or 0 in q.shape[:2]:
+    if _all_keys(q, lengths, alibi_slopes, window, keys):
+        k, v, bias = (*(_dense(t, block_table, keys) for t in (k_cache, v_cache)), None)
+    elif keys == 0 or 0 in q.shape[:2]:
         k, v, bias = k_cache[:0], v_cache[:0], None
         k, v = (t.new_empty(q.shape[0], 0, *t.shape[2:]) for t in (k, v))
     else:

@@ -15,7 +15,7 @@ from lora_kernels.ops.attention import capabilities
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BACKENDS = ("reference", "aten", "cpu", "triton", "cuda")
-CACHE_BACKENDS = ("reference", "aten", "triton")  # of attention_decode
+CACHE_BACKENDS = ("reference", "aten", "cpu", "triton")  # of attention_decode
 MASKS = ("", "bool", "additive")
 CACHES = ("", "contiguous", "paged")
 OP = "attention"
@@ -144,6 +144,10 @@ def supports(backend: str, problem: AttentionProblem) -> tuple[bool, str]:
         return True, "plain PyTorch, all scores at once"
     if backend == "aten":
         return True, capabilities.aten_path(problem.features())[1]
+    if problem.cache and backend == "cpu":
+        from lora_kernels.ops.attention import decode_cpu
+
+        return decode_cpu.supports(problem)
     if backend in BACKENDS:
         return importlib.import_module(f"lora_kernels.ops.{OP}.{backend}").supports(problem)
     return False, f"{OP} has no {backend} kernels"
@@ -156,14 +160,12 @@ def choose(
     name = _dispatch.requested_backend(requested)
     if name == "auto" and problem.device != "cpu":
         return _evidence.choose(OP, BACKENDS, problem, direction, supports)
-    if problem.cache:
-        return _dispatch.resolve(OP, name, ("aten",), lambda b: supports(b, problem))
 
     def answer(backend: str) -> tuple[bool, str]:
         if backend == "cpu" and name == "auto":
-            from lora_kernels.ops.attention import cpu
+            from lora_kernels.ops.attention import cpu, decode_cpu
 
-            return cpu.outruns_aten(problem)
+            return (decode_cpu if problem.cache else cpu).outruns_aten(problem)
         return supports(backend, problem)
 
     return _dispatch.resolve(OP, name, ("cpu", "aten"), answer)
