@@ -217,6 +217,16 @@ def test_models_without_peft_and_without_adapters() -> None:
     assert not lk.apply(plain).norms and type(plain[1]) is nn.RMSNorm
 
 
+def test_unloading_leaves_norms_to_unapply(calls: list[int]) -> None:
+    spec = FAMILIES["llama"]
+    model, inputs = spec.peft_model(torch.float32), spec.inputs()
+    lk.apply(model)
+    unloaded = model.merge_and_unload()
+    unloaded(**inputs)
+    assert calls == [5] and lk.unapply(unloaded) == 0
+    assert not any(isinstance(m, FusedRmsNorm) for m in unloaded.modules())
+
+
 def test_a_model_of_stock_layers_keeps_its_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = FAMILIES["llama"]
     model, inputs = spec.peft_model(torch.float32), spec.inputs()
