@@ -3,10 +3,10 @@
     python -m benchmarks.tune --op lora_linear                 search tiles, then measure (GPU)
     python -m benchmarks.tune --op lora_linear --from RECORD   take a record of gpu-check (no GPU)
 
-The search tries the tiles of configs.py on the benchmark's problems, keeps those that are right
-and quicker than the analytic default, and then times the backends with them. A verdict of the
-full check (tests, sanitizer) comes from its record only: run `make gpu-check` after the search and
-take its record with --from; the tiles that are there stay.
+The search, of lora_linear and of quant_linear, tries the tiles of configs.py on the benchmark's
+problems, keeps those that are right and quicker than the analytic default, and then times the
+backends with them. A verdict of the full check (tests, sanitizer) comes from its record only: run
+`make gpu-check` after the search and take its record with --from; the tiles that are there stay.
 
 Exit codes: 0 written, 1 nothing could be measured, 2 wrong arguments or record, 3 no GPU here.
 """
@@ -21,7 +21,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu, gpu_report, machine, tile_search
+from benchmarks import gpu, gpu_report, machine, tile_search, tile_search_packed
 from benchmarks import record as records
 from benchmarks.gpu_ops import ROWS
 from benchmarks.gpu_ops.row import Run
@@ -31,6 +31,7 @@ from lora_kernels.ops import _ledger
 BACKENDS = ("triton", "cuda")
 FLOOR = "aten"
 NO_GPU = 3
+SEARCHES: dict[str, Any] = {m.OP: m for m in (tile_search, tile_search_packed)}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -151,9 +152,9 @@ def measure(argv: list[str], options: argparse.Namespace, device: dict[str, Any]
     op, timed = options.op, gpu.device_clock()
     until = time.monotonic() + options.seconds
     configs = kept_configs(device, options.out, op)
-    searches = op == tile_search.OP
-    if searches and options.seconds > 0:
-        configs = tile_search.search(timed, until, say=lambda line: print(line, flush=True))
+    tiles = SEARCHES.get(op)
+    if tiles is not None and options.seconds > 0:
+        configs = tiles.search(timed, until, say=lambda line: print(line, flush=True))
     run = Run(gpu.ceilings(timed), timed, rounds=10, modes=_ledger.DIRECTIONS)
     kernels = (FLOOR, *ROWS[op].gpu_backends())
     names = tuple(n for n in ROWS[op].providers() if n.removesuffix("-fp32") in kernels)
@@ -163,7 +164,7 @@ def measure(argv: list[str], options: argparse.Namespace, device: dict[str, Any]
         "triton": machine.version("triton"),
         "rows": [],
     }
-    with tile_search.installed(configs) if searches else nullcontext():
+    with nullcontext() if tiles is None else tiles.installed(configs):
         own = {b: _ledger.digest(op, b, tuple(configs)) for b in ROWS[op].gpu_backends()}
         record["digests"] = {op: own}
         deadline = time.monotonic() + 240.0

@@ -290,7 +290,8 @@ def test_auto_on_a_gpu_asks_the_ledger(op, monkeypatch, tmp_path):
 
 
 # What says which problems can run, not what they give.
-ABOUT = ("problem", "capabilities", "formats", "_dispatch", "_evidence", "_ledger", "tuned_tiles")
+ABOUT = ("problem", "capabilities", "formats", "_dispatch", "_evidence", "_ledger", "tuned_tiles",
+         "_tuned_tiles")  # fmt: skip
 
 
 def _modules_of(op: str, backend: str) -> set[Path]:

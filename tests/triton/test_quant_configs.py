@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from lora_kernels.ops.quant_linear import configs, formats
 from lora_kernels.ops.quant_linear.formats import QuantSpec
-from lora_kernels.ops.quant_linear.problem import FORMAT_NAMES
+from lora_kernels.ops.quant_linear.problem import FORMAT_NAMES, QuantLinearProblem
 
 TARGETS = [configs.Target("sm_90", 132), configs.Target("sm_86", 28), configs.Target("gfx942", 304)]
 BLOCKS = {formats.FLAT: (32, 64, 4096), formats.GPTQ: (32, 128), formats.AWQ: (7, 128),
@@ -48,12 +49,14 @@ def test_the_order_of_sums_is_no_function_of_the_batch():
 
 
 def test_rows_of_a_program():
+    spec = next(specs(64, 64))
     for itemsize, *flags in itertools.product((2, 4), *[(False, True)] * 3):
         for m in (1, 16, 17, 64, 128):
-            c = configs.launch(m, itemsize, *flags)
+            c = configs.launch(spec, m, itemsize, *flags, TARGETS[0])
             assert c.rows >= 16 and c.rows & (c.rows - 1) == 0
             assert configs.AHEAD % c.ahead == 0
-        assert configs.launch(16, itemsize, *flags).rows == 16
+            assert not configs.invalid(c)
+        assert configs.launch(spec, 16, itemsize, *flags, TARGETS[0]).rows == 16
 
 
 @pytest.mark.parametrize(
@@ -80,3 +83,19 @@ def test_one_scale_per_row_of_a_tile(layout, k, block, columns, fast):
 def test_act_order_has_a_scale_per_element():
     spec = QuantSpec("int4", formats.GPTQ, (16, 64), torch.bfloat16, 64, 0, True)
     assert not configs.is_fast(spec, 64)
+
+
+def test_no_dequantization_has_a_larger_grid_than_there_is():
+    """CUDA has 65535 blocks along the second axis, which walks along in_features."""
+    from lora_kernels.ops.quant_linear import triton as host
+
+    narrowest, _ = configs._RANGES[configs.Dequantize, "columns"]
+    assert -(-host._MOST_COLUMNS // narrowest) <= 65535
+    problem = QuantLinearProblem(M=0, K=host._MOST_COLUMNS + 1, N=1, layout=formats.INT8_ROW)
+    usable = host.backend.usable
+    host.backend.usable = lambda *_: (True, "usable")
+    try:
+        assert "too large" in host.supports(problem)[1]
+        assert host.supports(replace(problem, K=4096))[0]
+    finally:
+        host.backend.usable = usable

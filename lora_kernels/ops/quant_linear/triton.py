@@ -31,7 +31,7 @@ from lora_kernels.ops.quant_linear.problem import QuantLinearProblem
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_RANK = 256
-_THREADS = 256  # of a program that dequantizes, eight elements each
+_MOST_COLUMNS = 32 * 65535  # the second axis of a grid of tiles
 _FINISH = (16, 64)  # rows and columns of a tile
 
 
@@ -49,6 +49,11 @@ def supports(problem: QuantLinearProblem) -> tuple[bool, str]:
         return False, "in_features or out_features is 0"
     if max(problem.M, problem.K, problem.N) >= 2**31:
         return False, "an extent of 2**31 or more is not supported"
+    if problem.layout != formats.FLAT and problem.K > _MOST_COLUMNS:
+        return (
+            False,
+            f"in_features {problem.K} is too large; at most {_MOST_COLUMNS} in this layout",
+        )
     return True, reason
 
 
@@ -117,15 +122,16 @@ def dequantize(parts: tuple[Tensor, ...], spec: QuantSpec, dtype: torch.dtype) -
         return out
     with backend.on_device(out), backend.arithmetic(_kernels().products):
         if spec.layout == formats.FLAT:
-            _kernels().dequantize_flat[(-(-n // (8 * _THREADS)),)](
+            threads = configs.dequantize_flat(spec, dtype.itemsize, target_of(out)).threads
+            _kernels().dequantize_flat[(-(-n // (8 * threads)),)](
                 tuple(parts), out, n, BLOCK=spec.block_size, NESTED=spec.nested_block_size,
-                EVEN=n % 8 == 0, T=_THREADS, num_warps=_THREADS // 32, enable_fp_fusion=False,
+                EVEN=n % 8 == 0, T=threads, num_warps=threads // 32, enable_fp_fusion=False,
             )  # fmt: skip
             return out
-        rows, columns = 64, 64
-        _kernels().dequantize_rows[(-(-spec.rows // rows), -(-spec.columns // columns))](
-            _raw(parts, spec), out, spec.rows, spec.columns,
-            BN=rows, BK=columns, num_warps=4, enable_fp_fusion=False, **_format(spec, columns),
+        c = configs.dequantize(spec, dtype.itemsize, target_of(out))
+        _kernels().dequantize_rows[(-(-spec.rows // c.rows), -(-spec.columns // c.columns))](
+            _raw(parts, spec), out, spec.rows, spec.columns, BN=c.rows, BK=c.columns,
+            num_warps=c.num_warps, enable_fp_fusion=False, **_format(spec, c.columns),
         )  # fmt: skip
     return out
 
@@ -235,7 +241,9 @@ def _packed_product(
     p, q = (spec.columns, spec.rows) if backward else (spec.rows, spec.columns)
     w = configs.walk(spec, z.element_size(), backward, where)
     constants = _format(spec, w.held if backward else w.step)
-    c = configs.launch(m, z.element_size(), backward, constants["FAST"], _in_vectors(z))
+    c = configs.launch(
+        spec, m, z.element_size(), backward, constants["FAST"], _in_vectors(z), where
+    )
     rank = 0 if adapter is None else adapter.left.shape[0]
     limit = threshold(dropout_p) if seed is not None and rank else 0
     steps = -(-q // w.step)
