@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.modules.layer_group import AnyOperands, Operands, QuantOperands, group_of
+from lora_kernels.modules.layer_group import (
+    AnyOperands,
+    DoraOperands,
+    Operands,
+    QuantOperands,
+    group_of,
+)
 from lora_kernels.modules.lora_linear import LoRALinear
 from lora_kernels.modules.quant_lora_linear import QuantLoRALinear
 
@@ -49,7 +55,14 @@ def operands(layer: Any, x: Tensor) -> AnyOperands | None:
             layer.quant_weight, layer.lora_A, layer.lora_B, layer.scaling, layer.bias,
             layer.dropout if layer.training else 0.0, layer.compute_dtype,
         )  # fmt: skip
-    if layer.merged or not layer.adapter_enabled or layer.lora_magnitude_vector is not None:
+    if layer.merged or not layer.adapter_enabled:
         return None
     dropout = layer.dropout if layer.training else 0.0
+    magnitude = layer.lora_magnitude_vector
+    if magnitude is not None:
+        if dropout > 0.0 or layer.weight.requires_grad or torch.compiler.is_compiling():
+            return None
+        return DoraOperands(
+            layer.weight, layer.lora_A, layer.lora_B, magnitude, layer.scaling, layer.bias
+        )
     return Operands(layer.weight, layer.lora_A, layer.lora_B, layer.scaling, layer.bias, dropout)

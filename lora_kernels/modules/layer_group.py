@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.ops import grouped_lora_linear
+from lora_kernels.ops.dora_linear import grouped_dora_linear
 from lora_kernels.ops.quant_linear import QuantTensor, grouped_quant_lora_linear
 
 _ATTRIBUTE = "_lora_kernels_group"
@@ -49,7 +50,18 @@ class QuantOperands(NamedTuple):
     compute_dtype: torch.dtype | None
 
 
-AnyOperands = Operands | QuantOperands
+class DoraOperands(NamedTuple):
+    """The same of a DoRA layer; without dropout only, under which such layers share nothing."""
+
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    magnitude: Tensor
+    scaling: float
+    bias: Tensor | None
+
+
+AnyOperands = Operands | QuantOperands | DoraOperands
 Results = list["Tensor | None"]  # None: that layer computes by itself
 
 
@@ -175,15 +187,17 @@ class LayerGroup:
 
 def agree(a: AnyOperands, b: AnyOperands) -> bool:
     """One call can compute both."""
+    if type(a) is not type(b):
+        return False
     if isinstance(a, QuantOperands) or isinstance(b, QuantOperands):
-        quantized = isinstance(a, QuantOperands) and isinstance(b, QuantOperands)
-        return quantized and a[-2:] == b[-2:]  # dropout_p, compute_dtype
+        return a[-2:] == b[-2:]  # dropout_p, compute_dtype
     if a.weight.dtype != b.weight.dtype:
         return False
     if a.lora_a is None or a.lora_b is None or b.lora_a is None or b.lora_b is None:
         return True
+    rates = [o.dropout_p for o in (a, b) if isinstance(o, Operands)]
     return (
-        a.dropout_p == b.dropout_p
+        len(set(rates)) < 2
         and a.lora_a.dtype == b.lora_a.dtype
         and a.lora_b.dtype == b.lora_b.dtype
     )
@@ -199,6 +213,11 @@ def compute_together(x: Tensor, found: Sequence[AnyOperands]) -> list[Tensor]:
             compute_dtype=dtypes[0],
         )  # fmt: skip
         return ys if first.compute_dtype is None else [y.to(x.dtype) for y in ys]
+    if isinstance(first, DoraOperands):
+        weights, lora_as, lora_bs, magnitudes, scalings, biases = zip(*found, strict=True)
+        return grouped_dora_linear(
+            x, weights, lora_as, lora_bs, magnitudes, scalings, biases=biases
+        )
     weights, lora_as, lora_bs, scalings, biases, rates = zip(*found, strict=True)
     return grouped_lora_linear(
         x, weights, lora_as, lora_bs, scalings, biases=biases, dropout_p=max(rates)

@@ -13,7 +13,7 @@ from lora_kernels.modules import grouped_linear, grouped_lora_linear
 from lora_kernels.modules.grouped_lora_linear import GROUPED
 from lora_kernels.modules.layer_group import (
     AnyOperands,
-    QuantOperands,
+    Operands,
     agree,
     compute_together,
 )
@@ -26,9 +26,10 @@ _LAYERS = (nn.Linear, LoRATransposedLinear, QuantLinear)  # LoRALinear is an nn.
 
 
 def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
-    """The result of every layer for x. Those that are exactly LoRALinear (or all QuantLoRALinear),
-    have no hooks, and agree on dropout and dtypes are one call of the op, in which each drops its
-    own elements of x; frozen nn.Linear beside LoRALinear are part of it."""
+    """The result of every layer for x. Those that are exactly LoRALinear (all or none with DoRA),
+    or all QuantLoRALinear, have no hooks, and agree on dropout and dtypes are one call of the op,
+    in which each drops its own elements of x. Frozen nn.Linear beside LoRALinear are part of it.
+    """
     together: dict[int, AnyOperands] = {}
     for i, layer in enumerate(layers):
         found = grouped_lora_linear.operands(layer, x) if _is_adapted(layer) else None
@@ -38,7 +39,7 @@ def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     if together:
         first = next(iter(together.values()))
         for i, layer in enumerate(layers):
-            if isinstance(first, QuantOperands):
+            if not isinstance(first, Operands):
                 break
             found = grouped_linear.operands(layer, x) if grouped_linear.can_join(layer) else None
             if found is not None and agree(first, found):

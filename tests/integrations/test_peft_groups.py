@@ -378,7 +378,7 @@ def test_reasons(monkeypatch):
     model = block()
     layer(model, "second").to(torch.bfloat16)
     assert "different dtypes" in reason(model)
-    assert "the adapter is DoRA" in reason(block(use_dora=True))
+    assert "the adapter is DoRA with dropout" in reason(block(use_dora=True, lora_dropout=0.1))
     monkeypatch.setenv("LORA_KERNELS_DISABLE", "grouped_lora_linear")
     model = block()
     assert "LORA_KERNELS_DISABLE" in reason(model)

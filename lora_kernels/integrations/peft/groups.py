@@ -100,7 +100,7 @@ def _joins(module: nn.Module, adapted: Any) -> bool:
     """A layer without an adapter that can be computed together with this one."""
     weight = adapted.weight if isinstance(adapted, LoRALinear) else adapted.get_base_layer().weight
     layer: Any = module
-    return not _quantized(adapted) and (
+    return not (_quantized(adapted) or _is_dora(adapted)) and (
         grouped_linear.can_join(layer)
         and layer.in_features == adapted.in_features
         and layer.weight.dtype == weight.dtype == grouped_linear.DTYPE
@@ -144,6 +144,8 @@ def _reason(
         return "two names are one layer"
     if len({m.in_features for m in layers}) > 1:
         return "the layers have inputs of different sizes"
+    if len({_is_dora(m) for m in layers}) > 1:
+        return "some of the adapters are DoRA"
     rates = {n: _dropout(m) for n, m in adapted.items()}
     if len(set(rates.values())) > 1:
         return f"the layers have different dropout: {rates}"
@@ -175,10 +177,22 @@ def _member_reason(module: Any) -> str:
         active = [a for a in module.active_adapters if a in module.lora_A]
         if len(active) > 1:
             return "several adapters are active"
-        return "the adapter is DoRA" if _adapter(module) in module.lora_variant else ""
+        return _dora_reason(module)
     if type(module) not in (*_CLASSES, *_CLASSES.values()):
         return f"{type(module).__name__} layers are computed one by one"
-    return "the adapter is DoRA" if module.lora_magnitude_vector is not None else ""
+    return _dora_reason(module)
+
+
+def _is_dora(module: Any) -> bool:
+    if isinstance(module, LoRALinear):
+        return module.lora_magnitude_vector is not None
+    return _adapter(module) in module.lora_variant
+
+
+def _dora_reason(module: Any) -> str:
+    if _is_dora(module) and _dropout(module) > 0.0:
+        return "the adapter is DoRA with dropout, under which each layer has an x of its own"
+    return ""
 
 
 def _adapter(module: LoraLayer) -> str:

@@ -14,7 +14,13 @@ from lora_kernels.integrations.peft.eligibility import Parts, parts_of
 from lora_kernels.integrations.peft.fallback import call_falls_back
 from lora_kernels.integrations.peft.quant_base import is_quantized
 from lora_kernels.modules import quant_peft
-from lora_kernels.modules.layer_group import AnyOperands, Operands, QuantOperands, group_of
+from lora_kernels.modules.layer_group import (
+    AnyOperands,
+    DoraOperands,
+    Operands,
+    QuantOperands,
+    group_of,
+)
 from lora_kernels.ops import dora_linear, lora_linear
 
 # Keywords that PEFT's hooks add. The offsets of activated LoRA concern adapters that are variants,
@@ -120,14 +126,19 @@ def operands(layer: LoraLayer, x: Tensor) -> AnyOperands | None:
     parts = parts_of(layer, adapter)
     if is_quantized(parts.base):
         return _quant_operands(layer, adapter, parts, x)
-    if (
-        adapter in layer.lora_variant
-        or eligibility.layer_reason(layer, adapter, parts)
-        or eligibility.mode_reason()
-        or eligibility.tensor_reason(layer, x, eligibility.named_parameters(parts))
-    ):
+    if eligibility.layer_reason(layer, adapter, parts) or eligibility.mode_reason():
         return None
-    return _operands(parts, layer.scaling[adapter])
+    magnitude = eligibility.magnitude_of(layer, adapter)
+    if eligibility.tensor_reason(layer, x, eligibility.named_parameters(parts, magnitude)):
+        return None
+    found = _operands(parts, layer.scaling[adapter])
+    if magnitude is None:
+        return found
+    weight, lora_a, lora_b, scaling, bias, dropout_p = found
+    if dropout_p > 0.0 or weight.requires_grad or torch.compiler.is_compiling():
+        return None
+    assert lora_a is not None and lora_b is not None
+    return DoraOperands(weight, lora_a, lora_b, magnitude.weight, scaling, bias)
 
 
 def _quant_operands(

@@ -28,6 +28,41 @@ def _dropped(t: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     return drop(t, seed, dropout_p).mul_(keep_scale(dropout_p))
 
 
+def norm_and_ratio(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """(n, m / n), both [N]; n is 1 where a row of V is zero."""
+    norm = row_norm(weight, lora_a, lora_b, scaling)
+    norm.masked_fill_(norm == 0, 1.0)
+    return norm, magnitude.to(norm.dtype) / norm
+
+
+def rescale(
+    p: Tensor, ratio: Tensor, bias: Tensor | None, rest: Tensor | None, keep: bool
+) -> Tensor:
+    """ratio P + rest + bias, over P itself unless `keep`."""
+    y = torch.empty_like(p) if keep else p
+    for rows in _chunks(p):
+        part = p[rows] * ratio
+        if rest is not None:
+            part += rest[rows]
+        if bias is not None:
+            part += bias
+        y[rows] = part
+    return y
+
+
+def through_magnitude(dy: Tensor, p: Tensor | None, ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """(dP, sum over the rows of dY P); the sum is zero where P is None."""
+    dp = dy.new_empty(dy.shape)
+    total = torch.zeros_like(ratio)
+    for rows in _chunks(dy):
+        dp[rows] = dy[rows] * ratio
+        if p is not None:
+            total += (dy[rows].to(ratio.dtype) * p[rows].to(ratio.dtype)).sum(0)
+    return dp, total
+
+
 def dora_linear_fwd(
     x: Tensor,
     weight: Tensor,
@@ -42,23 +77,14 @@ def dora_linear_fwd(
     inner: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Y and P [M, N], S = Xd A^T [M, r], n [N]; P is empty unless `keep`."""
-    norm = row_norm(weight, lora_a, lora_b, scaling)
-    norm.masked_fill_(norm == 0, 1.0)
-    ratio = magnitude.to(norm.dtype) / norm
+    norm, ratio = norm_and_ratio(weight, lora_a, lora_b, magnitude, scaling)
     kept = _dropped(x, dropout_p, seed)
     weight = weight.to(x.dtype)
     (p,), s = torch.ops.lora_kernels.lora_linear_fwd(
         kept, [weight], [lora_a], [lora_b], [None], [scaling], 0.0, None, inner
     )
     rest = None if kept is x else (x - kept) @ weight.t()
-    y = torch.empty_like(p) if keep else p
-    for rows in _chunks(p):
-        part = p[rows] * ratio
-        if rest is not None:
-            part += rest[rows]
-        if bias is not None:
-            part += bias
-        y[rows] = part
+    y = rescale(p, ratio, bias, rest, keep)
     return y, p if keep else x.new_empty(0), s, norm
 
 
@@ -85,12 +111,7 @@ def dora_linear_bwd(
     """dX, dW, dA, dB, dm; what is not needed is empty."""
     nothing = x.new_empty(0)
     ratio = magnitude.to(norm.dtype) / norm
-    dp = dy.new_empty(dy.shape)
-    dm = torch.zeros_like(norm)
-    for rows in _chunks(dy):
-        dp[rows] = dy[rows] * ratio
-        if need_dm:
-            dm += (dy[rows].to(norm.dtype) * p[rows].to(norm.dtype)).sum(0)
+    dp, dm = through_magnitude(dy, p if need_dm else None, ratio)
     kept, low = _dropped(x, dropout_p, seed), weight.to(x.dtype)
     dx, das, dbs = torch.ops.lora_kernels.lora_linear_bwd(
         [dp], kept, [low], [lora_a], [lora_b], s, [scaling], 0.0, None,
