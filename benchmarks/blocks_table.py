@@ -43,8 +43,8 @@ def _sources(results: _Records) -> str:
     commits = dict.fromkeys(
         r["commit"] + (" with uncommitted changes" if r["dirty"] else "") for r in results
     )
-    commands = ", ".join(f"`{r['command']}`" for r in results)
-    return f"{machine_line(results[0])}. Commit {', '.join(commits)}. Again: {commands}."
+    commands = "\n".join(f"    {r['command']}" for r in results)
+    return f"{machine_line(results[0])}. Commit {', '.join(commits)}. Again:\n\n{commands}"
 
 
 def _ratio(row: dict[str, Any]) -> str:
@@ -67,7 +67,7 @@ def blocks(results: _Records) -> str:
         lines.append("")
     r = results[0]
     head = (
-        f"SmolLM2-135M's widths, {r['M']} rows, rank {r['rank']}, dropout {r['dropout']:g}; median "
+        f"SmolLM2-135M's widths, {r['M']} rows, rank {r['rank']}, dropout {r['dropout']:g}; median\n"
         f"[quartiles] of {r['rounds']} interleaved rounds, lower is better."
     )
     return "\n".join([head, "", *lines, _sources(results)])
@@ -77,9 +77,9 @@ def grouping(results: _Records) -> str:
     """Time together over time one by one in the same round."""
     shown = [(row["M"], row["mode"]) for row in results[0]["rows"]]
     columns = list(dict.fromkeys(shown))
-    titles = [f"{m} rows, {'training' if mode == 'fwdbwd' else 'forward'}" for m, mode in columns]
+    titles = [f"{m}, {'training' if mode == 'fwdbwd' else 'forward'}" for m, mode in columns]
     lines = [
-        "| adapted | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(titles),
+        "| adapted; rows: | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(titles),
     ]  # fmt: skip
     for r in results:
         for block, adapted in dict.fromkeys((w["block"], tuple(w["adapted"])) for w in r["rows"]):
@@ -93,7 +93,7 @@ def grouping(results: _Records) -> str:
             lines.append(f"| {names}, {r['dtype']} | {cells} |")
     r = results[0]
     head = (
-        "Time together over time of each layer by itself "
+        "Time together over time of each layer by itself\n"
         "(`LORA_KERNELS_DISABLE=grouped_lora_linear`), SmolLM2-135M's widths, rank "
         f"{r['rank']}, median of {r['rounds']} interleaved rounds."
     )
@@ -116,8 +116,8 @@ def memory(results: _Records) -> str:
     r = results[0]
     head = (
         f"{r['layers']} layers of SmolLM2-135M's shape with head and loss, {r['batch']} x "
-        f"{r['sequence']} tokens, all linears, rank {r['rank']}, dropout {r['dropout']:g}; a "
-        "process for each line, peak of the resident set in two steps after one to warm up, less "
+        f"{r['sequence']} tokens, all linears, rank {r['rank']}, dropout {r['dropout']:g};\na "
+        "process for each line, peak of the resident set in two steps after one to warm up, less\n"
         "what it was before the model was built."
     )
     return "\n".join([head, "", *lines, "", _sources(results)])
