@@ -67,8 +67,8 @@ def blocks(results: _Records) -> str:
         lines.append("")
     r = results[0]
     head = (
-        f"SmolLM2-135M's widths, {r['M']} rows, rank {r['rank']}, dropout {r['dropout']:g}; median\n"
-        f"[quartiles] of {r['rounds']} interleaved rounds, lower is better."
+        f"SmolLM2-135M's widths, {r['M']} rows, rank {r['rank']}, dropout {r['dropout']:g}; "
+        f"median\n[quartiles] of {r['rounds']} interleaved rounds, lower is better."
     )
     return "\n".join([head, "", *lines, _sources(results)])
 
