@@ -72,7 +72,7 @@ def shrink(M: int, N: int, total: int, itemsize: int, processors: int, amd: bool
     else:
         rows = 16 if M <= 16 or (amd and total > 128) else 64 if 16 < total <= 64 else 32
         columns = 64 if total <= 64 else 32
-        warps, stages = 8 if total >= 64 else 4, 2
+        warps, stages = 8 if total >= 64 or rows == 64 else 4, 2
     steps = -(-N // columns)
     splits = _splits(-(-M // rows), steps, 3 * itemsize * N // (64 * total), processors)
     per_split = max(1, -(-steps // splits))
@@ -91,7 +91,7 @@ def gradients(
     elif itemsize == 4:
         rows, columns, warps = 16, 32 if padded <= (32 if amd else 128) else 16, 4
     else:
-        columns = min(128, max(16, (2048 if amd else 4096) // padded))
+        columns = min(128, max(16, (1024 if amd else 4096) // padded))
         rows, warps = 32 if padded <= 64 else 16, 8
     steps = -(-M // rows)
     most = 5 * itemsize * M // (128 * padded)
