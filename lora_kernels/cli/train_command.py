@@ -44,8 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from lora_kernels.training import finetune
+    from lora_kernels.training.allocator import keep_freed_pages
     from lora_kernels.training.processes import is_main
 
+    keep_freed_pages()
     with redirect_stdout(sys.stderr):  # trackers print; the result alone belongs to stdout
         result = finetune(arguments.config, arguments.overrides, quiet=arguments.quiet)
     if not is_main():
