@@ -36,6 +36,10 @@ TYPICAL: dict[str, dict[str, dict[str, Any]]] = {
     "rms_norm": {
         dtype: {"M": 2048, "K": 2048, "R": 48, "dtype": dtype} for dtype in ("float32", "bfloat16")
     },
+    "lora_qkv": {
+        dtype: {"M": 2048, "K": 2048, "H": 32, "Hk": 8, "D": 64, "dtype": dtype}
+        for dtype in ("float32", "bfloat16")
+    },
     "rope": {
         dtype: {"B": 1, "S": 2048, "H": 32, "Hk": 8, "D": 64, "dtype": dtype}
         for dtype in ("float32", "bfloat16")
@@ -141,12 +145,22 @@ def _rope(backend: str) -> None:
             check_rope(moved(inputs, _device(backend)), backend)
 
 
+def _lora_qkv(backend: str) -> None:
+    from lora_kernels.testing import check_lora_qkv, lora_qkv_inputs, moved
+
+    for dtype in (torch.float32, torch.bfloat16):
+        partial = lora_qkv_inputs((2, 33), 40, R=6, tables="cache", dtype=dtype)
+        for inputs in (partial, lora_qkv_inputs((37,), 64, joint=True, dtype=dtype)):
+            check_lora_qkv(moved(inputs, _device(backend)), backend)
+
+
 _CHECKS: dict[str, Callable[[str], None]] = {
     "attention": _attention,
     "dora_linear": _dora_linear,
     "gated_activation": _gated_activation,
     "linear_cross_entropy": _linear_cross_entropy,
     "lora_linear": _lora_linear,
+    "lora_qkv": _lora_qkv,
     "quant_linear": _quant_linear,
     "rms_norm": _rms_norm,
     "rope": _rope,

@@ -12,6 +12,7 @@ from benchmarks.gpu_ops import (
     gated_activation,
     linear_cross_entropy,
     lora_linear,
+    lora_qkv,
     quant_linear,
     rms_norm,
     rope,
@@ -26,6 +27,7 @@ ROWS: dict[str, GpuOp] = {
         quant_linear.ROW,
         linear_cross_entropy.ROW,
         rope.ROW,
+        lora_qkv.ROW,
         gated_activation.ROW,
         rms_norm.ROW,
     )

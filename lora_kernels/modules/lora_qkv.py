@@ -9,8 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.errors import InvalidArgumentError
+from lora_kernels.modules.grouped_linear import has_hooks
+from lora_kernels.modules.grouped_lora_linear import GroupedLoRALinear, operands
+from lora_kernels.modules.layer_group import Operands, agree
+from lora_kernels.modules.lora_linear import LoRALinear
 from lora_kernels.modules.projections import check_layers, check_names, make_projection, project
-from lora_kernels.ops import rope
+from lora_kernels.ops import lora_qkv, rope
 
 _SEPARATE, _JOINT = ("q_proj", "k_proj", "v_proj"), ("qkv_proj",)
 
@@ -21,8 +25,9 @@ class LoRAQKV(nn.Module):
     The children are named as in transformers: ``q_proj``, ``k_proj``, ``v_proj``, or with
     fused_qkv=True one ``qkv_proj`` whose outputs are all queries, then keys, then values (Phi-3);
     each a :class:`LoRALinear`, or frozen without an adapter, or quantized. Where three layers are
-    adapted, x is read once for all of them; each drops its own elements of x. With qk_norm there
-    are also ``q_norm`` and ``k_norm``.
+    adapted, x is read once for all of them; each drops its own elements of x. Without norms and
+    with every layer adapted the rotation is part of that call (:func:`lora_kernels.ops.lora_qkv`).
+    With qk_norm there are also ``q_norm`` and ``k_norm``.
 
     Args:
         hidden_size: width of x.
@@ -171,6 +176,9 @@ class LoRAQKV(nn.Module):
             InvalidArgumentError: shapes or dtypes that do not fit.
         """
         layers: Any = self._modules
+        made = self._rotated_projections(x, cos, sin, position_ids)
+        if made is not None:
+            return made
         if "qkv_proj" in layers:
             parts = layers["qkv_proj"](x).split(self._widths(False), -1)
         else:
@@ -188,6 +196,36 @@ class LoRAQKV(nn.Module):
             q, k = rotated, turned
         elif cos is not None or sin is not None or position_ids is not None:
             raise InvalidArgumentError("cos and sin are needed for a rotation; give both or none")
+        return q, k, v
+
+    def _rotated_projections(
+        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, position_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """:meth:`heads` as one call of the op; None where a norm stands between, or a projection
+        has to be called by itself. torch.compile traces the parts: a changed scaling then compiles
+        nothing anew."""
+        if cos is None or sin is None or self.q_norm is not None or self.k_norm is not None:
+            return None
+        if torch.compiler.is_compiling() or x.dim() not in (2, 3):
+            return None
+        H, Hk = self.num_heads, self.num_kv_heads
+        joint = "qkv_proj" in self._modules
+        found: list[Operands] = []
+        for name in _JOINT if joint else _SEPARATE:
+            layer = self._modules[name]
+            if type(layer) not in (LoRALinear, GroupedLoRALinear) or "forward" in layer.__dict__:
+                return None
+            one = None if has_hooks(layer) else operands(layer, x)
+            if not isinstance(one, Operands) or (found and not agree(found[0], one)):
+                return None
+            found.append(one)
+        weights, lora_as, lora_bs, scalings, biases, rates = zip(*found, strict=True)
+        heads = lora_qkv(
+            x, weights, lora_as, lora_bs, scalings, cos, sin, head_dim=self.head_dim,
+            rotated=(H + Hk,) if joint else (H, Hk, 0), biases=biases,
+            interleaved=self.interleaved, position_ids=position_ids, dropout_p=rates[0],
+        )  # fmt: skip
+        q, k, v = heads[0].split((H, Hk, Hk), -2) if joint else heads
         return q, k, v
 
     def forward(

@@ -9,6 +9,7 @@ from lora_kernels.ops.dora_linear import dora_linear
 from lora_kernels.ops.gated_activation import gated_activation
 from lora_kernels.ops.linear_cross_entropy import linear_cross_entropy
 from lora_kernels.ops.lora_linear import grouped_lora_linear, lora_linear
+from lora_kernels.ops.lora_qkv import lora_qkv
 from lora_kernels.ops.quant_linear import dequantize, quant_linear, quant_lora_linear, quantize
 from lora_kernels.ops.rms_norm import rms_norm
 from lora_kernels.ops.rope import rope
@@ -23,6 +24,7 @@ __all__ = [
     "grouped_lora_linear",
     "linear_cross_entropy",
     "lora_linear",
+    "lora_qkv",
     "quant_linear",
     "quant_lora_linear",
     "quantize",

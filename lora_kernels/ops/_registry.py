@@ -9,6 +9,7 @@ from lora_kernels.ops.dora_linear import problem as dora_linear
 from lora_kernels.ops.gated_activation import problem as gated_activation
 from lora_kernels.ops.linear_cross_entropy import problem as linear_cross_entropy
 from lora_kernels.ops.lora_linear import problem as lora_linear
+from lora_kernels.ops.lora_qkv import problem as lora_qkv
 from lora_kernels.ops.quant_linear import problem as quant_linear
 from lora_kernels.ops.rms_norm import problem as rms_norm
 from lora_kernels.ops.rope import problem as rope
@@ -101,6 +102,17 @@ OPS: tuple[OpSpec, ...] = (
         flops=rms_norm.flops,
         min_bytes=rms_norm.min_bytes,
         deterministic="bitwise from run to run",
+    ),
+    OpSpec(
+        name="lora_qkv",
+        backends=lora_qkv.BACKENDS,
+        schemas=("lora_kernels::lora_qkv_fwd",),
+        problem=lora_qkv.LoraQkvProblem.from_shapes,
+        supports=lora_qkv.supports,
+        choose=lora_qkv.choose,
+        flops=lora_qkv.flops,
+        min_bytes=lora_qkv.min_bytes,
+        deterministic="bitwise from run to run, at a fixed number of threads",
     ),
     OpSpec(
         name="rope",

@@ -31,6 +31,12 @@ from lora_kernels.testing.linear_cross_entropy import (
     linear_cross_entropy_inputs,
     linear_cross_entropy_op,
 )
+from lora_kernels.testing.lora_qkv import (
+    LoraQkvInputs,
+    check_lora_qkv,
+    lora_qkv_inputs,
+    lora_qkv_op,
+)
 from lora_kernels.testing.moved import moved
 from lora_kernels.testing.oracle import LoraLinearResults, lora_linear_results, yardstick
 from lora_kernels.testing.poison import poisoned_empty
@@ -57,6 +63,7 @@ __all__ = [
     "LinearCrossEntropyInputs",
     "LoraLinearInputs",
     "LoraLinearResults",
+    "LoraQkvInputs",
     "Margin",
     "QuantLinearInputs",
     "RmsNormInputs",
@@ -70,6 +77,7 @@ __all__ = [
     "check_gated_activation",
     "check_linear_cross_entropy",
     "check_lora_linear",
+    "check_lora_qkv",
     "check_quant_linear",
     "check_rms_norm",
     "check_rope",
@@ -84,6 +92,8 @@ __all__ = [
     "lora_linear_inputs",
     "lora_linear_op",
     "lora_linear_results",
+    "lora_qkv_inputs",
+    "lora_qkv_op",
     "moved",
     "poisoned_empty",
     "quant_linear_inputs",

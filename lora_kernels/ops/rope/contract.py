@@ -20,7 +20,7 @@ _library.define(f"rope_fwd(Tensor[] heads, {_ARGUMENTS}) -> Tensor[]")
 _library.define(f"rope_bwd(Tensor[] grads, {_ARGUMENTS}) -> Tensor[]")
 
 
-def _problem(heads: list[Tensor], cos: Tensor, interleaved: bool) -> RopeProblem:
+def problem_of(heads: list[Tensor], cos: Tensor, interleaved: bool) -> RopeProblem:
     q = heads[0]
     return RopeProblem(
         B=q.shape[0] if q.dim() == 4 else 1, S=q.shape[-3], H=q.shape[-2], D=q.shape[-1],
@@ -34,7 +34,7 @@ def _fwd(
     interleaved: bool, backend: str,
 ) -> list[Tensor]:  # fmt: skip
     validate.check_values(position_ids, cos.shape[0])
-    module = launcher(_problem(heads, cos, interleaved), backend, "fwd")
+    module = launcher(problem_of(heads, cos, interleaved), backend, "fwd")
     return [t.contiguous() for t in module.rope_fwd(heads, cos, sin, position_ids, interleaved)]
 
 
@@ -43,7 +43,7 @@ def _bwd(
     interleaved: bool, backend: str,
 ) -> list[Tensor]:  # fmt: skip
     validate.check_values(position_ids, cos.shape[0])
-    module = launcher(_problem(grads, cos, interleaved), backend, "bwd")
+    module = launcher(problem_of(grads, cos, interleaved), backend, "bwd")
     return [t.contiguous() for t in module.rope_bwd(grads, cos, sin, position_ids, interleaved)]
 
 
