@@ -141,8 +141,10 @@ def _rows(t: Tensor) -> Tensor:
 
 
 def _unflatten(y: Tensor, x: Tensor) -> Tensor:
-    """y [M, N] with the leading shape of x. Not a view to autograd, as the result of nn.Linear is
+    """y [M, N] with the leading shape of x. Never a view to autograd, as the result of nn.Linear is
     none: FSDP2 loses its hook on a view that is then changed in place."""
+    if x.dim() == 2:
+        return y
     return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
 
 

@@ -92,9 +92,12 @@ def clear() -> None:
 
 
 def _sample(weight: Tensor) -> Tensor:
-    """A grid of about 8 x 8 elements, whatever the strides."""
-    n, k = weight.shape
-    return weight.detach()[:: n // _GRID | 1, :: k // _GRID | 1].clone()
+    """A view of about 8 x 8 elements, whatever the strides."""
+    (n, k), (row, column) = weight.shape, weight.stride()
+    down, across = n // _GRID | 1, k // _GRID | 1
+    return weight.as_strided(
+        ((n - 1) // down + 1, (k - 1) // across + 1), (row * down, column * across)
+    )
 
 
 def packed_weight(weight: Tensor, dtype: torch.dtype, for_dgrad: bool) -> Tensor:
@@ -131,5 +134,5 @@ def packed_weight(weight: Tensor, dtype: torch.dtype, for_dgrad: bool) -> Tensor
         kept = sum(c.packed.numel() for c in _copies.values())
         if policy == "always" or kept + packed.numel() <= budget_bytes():
             storage = StorageWeakRef(weight.untyped_storage())
-            _copies[key] = _Copy(packed, storage, weight._version, sample)
+            _copies[key] = _Copy(packed, storage, weight._version, sample.clone())
     return packed
