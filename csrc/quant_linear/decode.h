@@ -236,12 +236,32 @@ inline void decode_blocks(const float* table, const float* scales, int64_t block
 }
 #endif
 
+// Without a subnormal operand, which would cost a microcode assist, and without a branch.
 inline float fp8_to_float(uint8_t code) {
   const uint32_t sign = static_cast<uint32_t>(code & 0x80u) << 24, magnitude = code & 0x7fu;
-  const float v = bits_to_float(magnitude << 20) * 0x1p120f;  // exact, subnormals too
-  const uint32_t bits = magnitude == 0x7fu ? 0x7fc00000u : float_to_bits(v);
-  return bits_to_float(bits | sign);
+  const float normal = bits_to_float((magnitude << 20) + (120u << 23));
+  const float small = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-9f;
+  const uint32_t value = float_to_bits(magnitude < 8u ? small : normal);
+  return bits_to_float((magnitude == 0x7fu ? 0x7fc00000u : value) | sign);
 }
+#if defined(__AVX512F__)
+inline __m512 fp8_lanes(__m128i codes) {
+  const __m512i code = _mm512_cvtepu8_epi32(codes), sign = _mm512_set1_epi32(0x80);
+  const __m512i magnitude = _mm512_andnot_si512(sign, code);
+  const __m512i shifted = _mm512_slli_epi32(magnitude, 20);
+  const __m512 normal =
+      _mm512_castsi512_ps(_mm512_add_epi32(shifted, _mm512_set1_epi32(120 << 23)));
+  const __mmask16 small = _mm512_cmplt_epu32_mask(magnitude, _mm512_set1_epi32(8));
+  const __m512 v = _mm512_mask_mul_ps(normal, small, _mm512_cvtepi32_ps(magnitude),
+                                      _mm512_set1_ps(0x1p-9f));
+  const __mmask16 nan = _mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(0x7f));
+  const __m512i bits =
+      _mm512_mask_mov_epi32(_mm512_castps_si512(v), nan, _mm512_set1_epi32(0x7fc00000));
+  constexpr int kOrAnd = 0xf8;  // a | (b & c)
+  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(
+      bits, _mm512_slli_epi32(code, 24), _mm512_set1_epi32(static_cast<int>(0x80000000u)), kOrAnd));
+}
+#endif
 
 // Elements [begin, end) of the flattened W, kFlat.
 template <class T>

@@ -1,8 +1,8 @@
 // Columns of a quantized weight as right operands of the tile unit, for dX = dY W.
 //
 // A block is up to 512 rows by some groups of 64 columns. A group is two strips of 32 columns; a strip
-// is, per step of 32 rows, two tiles of [16 row pairs][16 columns][row of the pair]. NF4, FP4 and INT8
-// go from codes to tiles in registers; other layouts are decoded into 16 x 64 elements first.
+// is, per step of 32 rows, two tiles of [16 row pairs][16 columns][row of the pair]. NF4, FP4,
+// INT4 and INT8 go from codes to tiles in registers; others are decoded into 16 x 64 elements first.
 #pragma once
 
 #include "tile_rows.h"
@@ -30,6 +30,9 @@ class ColumnDecoder {
   explicit ColumnDecoder(const Weight& w) : w_(w) {
     if (w.layout == Layout::kFlat) {
       kind_ = w.k % 64 == 0 && w.block % 64 == 0 ? Kind::kTable : Kind::kAny;
+    } else if (w.layout == Layout::kInt4) {
+      const bool whole = w.group_of == nullptr && (w.block % 64 == 0 || w.scale_columns == 1);
+      kind_ = whole ? Kind::kZeros : Kind::kAny;
     } else {
       kind_ = w.layout == Layout::kInt8 ? Kind::kInt8 : Kind::kAny;
     }
@@ -55,7 +58,9 @@ class ColumnDecoder {
     const int64_t k0 = g_ * kGroup, columns = std::min(kGroup, w_.k - k0);
     const int64_t rows = std::min<int64_t>(16, n1_ - n_);
     if (rows == 16 && columns == kGroup && kind_ == Kind::kTable) {
-      table_pairs(k0, to);
+      table_pairs<false>(k0, to);
+    } else if (rows == 16 && columns == kGroup && kind_ == Kind::kZeros) {
+      table_pairs<true>(k0, to);
     } else if (rows == 16 && columns == kGroup && kind_ == Kind::kInt8) {
       int8_pairs(k0, to);
     } else {
@@ -68,9 +73,12 @@ class ColumnDecoder {
   void finish() {
     while (units() > 0) step();
   }
+  // Each unit asks for the rows after it itself.
+  static constexpr int64_t lines_of_unit() { return 0; }
+  void fetch() {}
 
  private:
-  enum class Kind { kTable, kInt8, kAny };
+  enum class Kind { kTable, kZeros, kInt8, kAny };
   static constexpr int64_t kRowsAhead = 16;  // rows are pages apart: no hardware prefetcher follows
 
   void store(bf16* to, __m512i a, __m512i b, __m512i c, __m512i d) const {
@@ -80,22 +88,34 @@ class ColumnDecoder {
     _mm512_store_si512(to + strip_ + kTile, d);
   }
 
+  // The 16 values of the block of row n that holds column k0.
+  template <bool kZeros>
+  __m512 values(__m512 codebook, int64_t n, int64_t k0) const {
+    if constexpr (!kZeros) {
+      return _mm512_mul_ps(codebook, _mm512_set1_ps(flat_scale(w_, (n * w_.k + k0) / w_.block)));
+    }
+    const int64_t at = n * w_.scale_columns + (w_.scale_columns == 1 ? 0 : k0 / w_.block);
+    return _mm512_mul_ps(_mm512_sub_ps(codebook, _mm512_set1_ps(w_.zero[at])),
+                         _mm512_set1_ps(w_.scale[at]));
+  }
+
+  template <bool kZeros>
   void table_pairs(int64_t k0, bf16* to) const {
     alignas(64) static constexpr uint32_t kLow[16] = {0, 16, 1, 17, 2, 18, 3, 19,
                                                       4, 20, 5, 21, 6, 22, 7, 23};
     alignas(64) static constexpr uint32_t kHigh[16] = {8,  24, 9,  25, 10, 26, 11, 27,
                                                        12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i low = _mm512_load_si512(kLow), high = _mm512_load_si512(kHigh);
-    const __m512 codebook = _mm512_loadu_ps(w_.table);
-    const auto scale = [&](int64_t n) {
-      return _mm512_mul_ps(codebook, _mm512_set1_ps(flat_scale(w_, (n * w_.k + k0) / w_.block)));
-    };
-    const uint8_t* codes = w_.codes + (n_ * w_.k + k0) / 2;
-    const int64_t stride = w_.k / 2;
+    const __m512 codebook =
+        kZeros ? _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+               : _mm512_loadu_ps(w_.table);
+    const int64_t stride = kZeros ? w_.row_bytes : w_.k / 2;
+    const uint8_t* codes = w_.codes + n_ * stride + k0 / 2;
     for (int64_t i = 0; i < 16; i += 2, to += 32, codes += 2 * stride) {
       _mm_prefetch(codes + kRowsAhead * stride, _MM_HINT_T0);
       _mm_prefetch(codes + (kRowsAhead + 1) * stride, _MM_HINT_T0);
-      const __m512i tables = as_int(_mm512_cvtne2ps_pbh(scale(n_ + i + 1), scale(n_ + i)));
+      const __m512i tables = as_int(_mm512_cvtne2ps_pbh(values<kZeros>(codebook, n_ + i + 1, k0),
+                                                        values<kZeros>(codebook, n_ + i, k0)));
       // Bit 4 of an index is a bit of the other nibble: both halves of a table are the same.
       const __m512i even_table = _mm512_shuffle_i64x2(tables, tables, 0x44);
       const __m512i odd_table = _mm512_shuffle_i64x2(tables, tables, 0xee);
@@ -139,7 +159,15 @@ class ColumnDecoder {
 
   void any_pairs(int64_t k0, int64_t rows, int64_t columns, bf16* to) const {
     alignas(64) bf16 block[16][kGroup] = {};
-    for (int64_t i = 0; i < rows; ++i) decode(w_, n_ + i, k0, columns, block[i]);
+    for (int64_t i = 0; i < rows; ++i) {
+      bf16* row = block[i];
+      if (w_.layout == Layout::kFp8 && columns == kGroup) {
+        const uint8_t* codes = w_.codes + (n_ + i) * w_.k + k0;
+        _mm_prefetch(reinterpret_cast<const char*>(codes) + kRowsAhead * w_.k, _MM_HINT_T0);
+        if (fp8_group(w_, n_ + i, k0, row, kStep)) continue;
+      }
+      decode(w_, n_ + i, k0, columns, row);
+    }
     for (int64_t i = 0; i < 16; i += 2, to += 32) {
       const __m512i e0 = _mm512_load_si512(block[i]), e1 = _mm512_load_si512(block[i] + 32);
       const __m512i o0 = _mm512_load_si512(block[i + 1]), o1 = _mm512_load_si512(block[i + 1] + 32);

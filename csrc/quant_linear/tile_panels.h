@@ -8,16 +8,23 @@
 // Bytes: codes of W once; X once per panel.
 #pragma once
 
+#include "code_lines.h"
 #include "tile_beside.h"
 #include "tile_operands.h"
 
 namespace lora_kernels::quant_linear {
 namespace {
 
-// Decodes a block of a panel in units of 16 rows x 64 columns.
+// Decodes strips [begin, end) of W panel by panel, block by block, in units of 16 rows x 64 columns.
+// What of a strip is in a block is decoded together; the codes of the one after it are asked for.
 class BlockDecoder {
  public:
-  BlockDecoder(const Weight& w, float* scales) : rows_(w), scales_(scales) {}
+  BlockDecoder(const Weight& w, float* scales, Span strips, int64_t panel)
+      : rows_(w), lines_(w), scales_(scales), strips_(strips), panel_(panel),
+        groups_(round_up(w.k, kGroup) / kGroup), ahead_strip_(strips.begin),
+        ahead_panel_(strips.begin) {
+    fetch_strip();
+  }
 
   // Strips [i0, i1) of W, groups [g0, g1), as left strips at dst.
   void begin(int64_t i0, int64_t i1, int64_t g0, int64_t g1, bf16* dst) {
@@ -33,8 +40,12 @@ class BlockDecoder {
     return strips <= 0 ? 0 : (strips * (g1_ - g0_) - (g_ - g0_)) * 2 - half_;
   }
   void step() {
-    if (g_ == g0_ && half_ == 0) rows_.begin(strip_ * kStrip, g0_, g1_, scales_);
-    rows_.tiles(half_, g_, dst_ + half_ * kTile, kStepTiles, rows_.next_strip());
+    if (g_ == g0_ && half_ == 0) {
+      ++begun_;
+      while (behind()) fetch();
+      rows_.begin(strip_ * kStrip, g0_, g1_, scales_);
+    }
+    rows_.tiles(half_, g_, dst_ + half_ * kTile, kStepTiles, nullptr);
     if (++half_ < 2) return;
     half_ = 0;
     dst_ += kGroupSteps * kStepTiles;
@@ -43,14 +54,48 @@ class BlockDecoder {
     ++strip_;
   }
   void finish() {
-    while (units() > 0) step();
+    while (units() > 0) {
+      for (int64_t i = lines_of_unit(); i > 0; --i) fetch();
+      step();
+    }
+  }
+
+  int64_t lines_of_unit() const { return lines_.count(16, kGroup); }
+  // Asks for one more line, but not of a strip after the next.
+  void fetch() {
+    if (fetched_ > begun_ || ahead_strip_ >= strips_.end) return;
+    if (!lines_.done()) lines_.next();
+    if (!lines_.done()) return;
+    ++fetched_;
+    if (++ahead_strip_ == std::min(ahead_panel_ + panel_, strips_.end)) {
+      ahead_group_ += kBlockGroups;
+      if (ahead_group_ < groups_) {
+        ahead_strip_ = ahead_panel_;
+      } else {
+        ahead_group_ = 0;
+        ahead_panel_ = ahead_strip_;
+      }
+    }
+    fetch_strip();
   }
 
  private:
+  bool behind() const { return fetched_ < begun_ && ahead_strip_ < strips_.end; }
+  void fetch_strip() {
+    if (ahead_strip_ >= strips_.end) return;
+    lines_.begin(ahead_strip_ * kStrip, (ahead_strip_ + 1) * kStrip, ahead_group_ * kGroup,
+                 (ahead_group_ + kBlockGroups) * kGroup);
+  }
+
   WeightRows rows_;
+  CodeLines lines_;
   float* scales_;
+  const Span strips_;
+  const int64_t panel_, groups_;
   int64_t strip_ = 0, strips_end_ = 0, g0_ = 0, g1_ = 0, g_ = 0, half_ = 0;
   bf16* dst_ = nullptr;
+  int64_t begun_ = 0, fetched_ = 0;  // strips of blocks, in the order of decoding
+  int64_t ahead_strip_, ahead_panel_, ahead_group_ = 0;
 };
 
 inline void multiply_panels(const FwdParams& p, const TileShared& shared, const TileOwn& own,
@@ -59,7 +104,7 @@ inline void multiply_panels(const FwdParams& p, const TileShared& shared, const 
                       reinterpret_cast<uintptr_t>(p.y) % 64 == 0;
   const bool unscaled = WeightRows(*p.weight).unscaled();
   PendingTile pending(p, unscaled, stream);
-  BlockDecoder decoder(*p.weight, own.scales);
+  BlockDecoder decoder(*p.weight, own.scales, strips, own.panel);
   const auto slot = [&](int64_t block) { return own.w + block % own.slots * own.block_elements(); };
   const auto begin_decoding = [&](int64_t i0, int64_t b, int64_t block) {
     decoder.begin(i0, std::min(i0 + own.panel, strips.end), b * kBlockGroups,

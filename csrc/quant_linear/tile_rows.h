@@ -130,6 +130,20 @@ inline void pack_right(const bf16* src, int64_t ld, int64_t rows, int64_t column
   }
 }
 
+// 64 columns of row n of an fp8 weight, 32 at dst and 32 at dst + stride; false: not of one scale.
+inline bool fp8_group(const Weight& w, int64_t n, int64_t k0, bf16* dst, int64_t stride) {
+  const int64_t block = k0 / w.block;
+  if ((k0 + kGroup - 1) / w.block != block) return false;
+  const __m512 scale = _mm512_set1_ps(w.scale[n / w.block_rows * w.scale_columns + block]);
+  const auto* codes = reinterpret_cast<const __m128i*>(w.codes + n * w.k + k0);
+  const auto wide = [&](const __m128i* p) {
+    return _mm512_mul_ps(fp8_lanes(_mm_loadu_si128(p)), scale);
+  };
+  _mm512_store_si512(dst, as_int(_mm512_cvtne2ps_pbh(wide(codes + 1), wide(codes))));
+  _mm512_store_si512(dst + stride, as_int(_mm512_cvtne2ps_pbh(wide(codes + 3), wide(codes + 2))));
+  return true;
+}
+
 // Rows of a quantized weight as left strips, half a strip of one group at a time.
 class WeightRows {
  public:
@@ -193,9 +207,8 @@ class WeightRows {
     scale_ = scratch;
   }
 
-  // Codes of the strip after this one, to be asked for in the order of memory while this one is
-  // decoded: rows are read side by side, which no hardware prefetcher follows. This one's where
-  // there is none.
+  // Codes of the strip after this one, to be asked for in the order of memory while all groups of
+  // this one are decoded. This one's where there is none.
   const uint8_t* next_strip() const {
     return w_.codes + (n0_ + (n0_ + 2 * kStrip <= w_.n ? kStrip : 0)) * row_bytes_;
   }
@@ -203,11 +216,11 @@ class WeightRows {
   int64_t group_bytes() const { return nibbles_ || w_.layout == Layout::kInt4 ? 32 : 64; }
 
   // Rows [16 half, 16 half + 16) of group g as two tiles, `stride` elements apart. As many bytes as
-  // they read are asked for at `next`.
+  // they read are asked for at `next`; null: none are.
   void tiles(int64_t half, int64_t g, bf16* dst, int64_t stride, const uint8_t* next) const {
     const int64_t first = 16 * half, rows = std::min<int64_t>(16, rows_ - first);
     if (!nibbles_) {
-      for (int64_t i = 0; i < rows; ++i) plain(first + i, g, dst + i * 32, stride, next + 64 * i);
+      for (int64_t i = 0; i < rows; ++i) plain(first + i, g, dst + i * 32, stride, next == nullptr ? next : next + 64 * i);
     } else if (unit_ == 64) {
       const bool whole = rows == 16 && (g + 1) * 32 <= row_bytes_;
       if (w_.layout == Layout::kInt4) {
@@ -286,7 +299,7 @@ class WeightRows {
         const __m512 low = values<kZeros>(codebook, at + i * ld_);
         const __m512 high = two ? values<kZeros>(codebook, at + (i + 1) * ld_) : low;
         const __m512i pair = as_int(_mm512_cvtne2ps_pbh(high, low));
-        _mm_prefetch(next + i * 32, _MM_HINT_T1);
+        if (next != nullptr) _mm_prefetch(next + i * 32, _MM_HINT_T1);
         steps(i, _mm512_shuffle_i64x2(pair, pair, 0x44));
         if (two) steps(i + 1, _mm512_shuffle_i64x2(pair, pair, 0xee));
       }
@@ -301,9 +314,12 @@ class WeightRows {
       const auto wide = [](const __m128i* p) {
         return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p)));
       };
-      _mm_prefetch(next, _MM_HINT_T1);
+      if (next != nullptr) _mm_prefetch(next, _MM_HINT_T1);
       _mm512_store_si512(dst, as_int(_mm512_cvtne2ps_pbh(wide(q + 1), wide(q))));
       _mm512_store_si512(dst + stride, as_int(_mm512_cvtne2ps_pbh(wide(q + 3), wide(q + 2))));
+      return;
+    }
+    if (w_.layout == Layout::kFp8 && count == kGroup && fp8_group(w_, n0_ + i, k0, dst, stride)) {
       return;
     }
     alignas(64) bf16 row[kGroup];
