@@ -279,6 +279,22 @@ def test_switched_off(monkeypatch: pytest.MonkeyPatch, rotations: Rotations) -> 
     assert {e["reason"] for e in found} == {"disabled by LORA_KERNELS_DISABLE"}
     model(**inputs)
     assert rotations.take() == 0
+    monkeypatch.undo()
+    lk.apply(model)
+    assert isinstance(attention_of(model), rotary_blocks.RotaryBlock)
+    assert not entries(lk.apply(model, fused_rope=False))
+    assert not isinstance(attention_of(model), rotary_blocks.RotaryBlock)
+
+
+def test_unloading_leaves_the_rotation_fused(rotations: Rotations) -> None:
+    model, inputs = llama()
+    lk.apply(model)
+    unloaded = model.merge_and_unload()
+    unloaded(**inputs)
+    assert rotations.take() == 2
+    assert lk.unapply(unloaded) == 2
+    unloaded(**inputs)
+    assert rotations.take() == 0
 
 
 def test_rotations_that_are_not_the_ops_are_told_apart() -> None:

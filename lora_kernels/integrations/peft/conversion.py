@@ -40,7 +40,7 @@ _ROWS = 1024  # of the problem for which the report names a backend
 
 def apply(
     model: nn.Module, *, fused_loss: bool = False, recompute_activations: bool = False,
-    fused_norms: bool = True,
+    fused_norms: bool = True, fused_rope: bool = True,
 ) -> ApplyReport:  # fmt: skip
     """Let every LoRA linear of `model` that can be fused run fused.
 
@@ -56,9 +56,6 @@ def apply(
     together by the first of them that is called; see docs/blocks.md. The report's groups list
     them, and say why not where not. The same is done for the layers of :func:`replace_modules`.
 
-    Attention blocks of known classes rotate queries and keys by ``lk.ops.rope`` wherever it has a
-    kernel of its own; their class changes, too.
-
     ``LORA_KERNELS_DISABLE=apply`` (or ``lora_linear``) leaves every layer stock;
     ``LORA_KERNELS_DISABLE=grouped_lora_linear`` fuses each layer by itself, ``rope`` leaves the
     rotation to the model.
@@ -73,6 +70,8 @@ def apply(
         fused_norms: RMS norms of known classes run on ``lk.ops.rms_norm`` where one of its kernels
             beats what the model spells out (docs/blocks.md). False gives them their own forward
             back.
+        fused_rope: attention blocks of known classes rotate queries and keys by ``lk.ops.rope``
+            wherever it has a kernel of its own. False gives them their own forward back.
 
     Returns:
         The :class:`ApplyReport`; a model without LoRA layers gives an empty one.
@@ -82,7 +81,7 @@ def apply(
         StrictFallbackError: ``LORA_KERNELS_STRICT=1`` and a layer would be stock; nothing changed.
         BackendUnavailableError: ``LORA_KERNELS_BACKEND`` names a backend that cannot run a layer.
     """
-    return _apply(model, fused_loss, recompute_activations, fused_norms)[0]
+    return _apply(model, fused_loss, recompute_activations, fused_norms, fused_rope)[0]
 
 
 def unapply(model: nn.Module) -> int:
@@ -105,7 +104,7 @@ def unapply(model: nn.Module) -> int:
 @contextmanager
 def applied(
     model: nn.Module, *, fused_loss: bool = False, recompute_activations: bool = False,
-    fused_norms: bool = True,
+    fused_norms: bool = True, fused_rope: bool = True,
 ) -> Iterator[ApplyReport]:  # fmt: skip
     """``with applied(model) as report:`` fused inside; what it changed returns after.
 
@@ -113,7 +112,9 @@ def applied(
         As :func:`apply`.
     """
     before = loss_is_fused(_checked(model))
-    report, changed, groups, norms = _apply(model, fused_loss, recompute_activations, fused_norms)
+    report, changed, groups, norms = _apply(
+        model, fused_loss, recompute_activations, fused_norms, fused_rope
+    )
     try:
         yield report
     finally:
@@ -138,7 +139,7 @@ def _checked(model: Any) -> nn.Module:
 
 
 def _apply(
-    model: nn.Module, fused_loss: bool, recompute: bool, fused_norms: bool
+    model: nn.Module, fused_loss: bool, recompute: bool, fused_norms: bool, fused_rope: bool
 ) -> tuple[ApplyReport, list[nn.Module], list[LayerGroup], list[nn.Module]]:
     layers: list[tuple[str, Any]] = [
         (n, m) for n, m in _checked(model).named_modules() if isinstance(m, LoraLayer)
@@ -163,7 +164,10 @@ def _apply(
             _to_stock(layer)
     entries_of_groups, groups = form_groups(model)
     report.groups.extend(entries_of_groups)
-    if layers or entries_of_groups:
+    if not fused_rope:
+        for change in list(rotary_blocks(model)):
+            _swap(*change)
+    elif layers or entries_of_groups:
         entries_of_rotations, rotations = fuse_rotary(model)
         report.groups.extend(entries_of_rotations)
         changed.extend(block for block, *classes in rotations if _swap(block, *classes))

@@ -27,7 +27,7 @@ def lora_qkv_fwd(
         for y, n in zip(ys, rotated, strict=True)
         if n
     ]
-    if not heads or not x.shape[0]:
+    if not heads:
         return ys, s
     turned = iter(rotate_in_place(heads, cos, sin, position_ids, interleaved, inner))
     return [_placed(y, next(turned)) if n else y for y, n in zip(ys, rotated, strict=True)], s

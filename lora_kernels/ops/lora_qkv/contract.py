@@ -40,6 +40,11 @@ def _fwd(
     cos: Tensor, sin: Tensor, position_ids: Tensor | None, sequence: int, head_dim: int,
     rotated: list[int], interleaved: bool, backend: str,
 ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+    if x.shape[0] == 0:
+        return _fwd_fake(
+            x, weights, lora_as, lora_bs, biases, scalings, dropout_p, seed, cos, sin,
+            position_ids, sequence, head_dim, rotated, interleaved, backend,
+        )  # fmt: skip
     widths = [w.shape[0] // head_dim for w in weights]
     problem = LoraQkvProblem(
         M=x.shape[0], K=x.shape[1], H=widths[0], Hk=sum(widths[1:]) // 2, D=head_dim,

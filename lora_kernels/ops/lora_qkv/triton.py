@@ -77,8 +77,6 @@ def lora_qkv_fwd(
 ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
     """Members [M, N_g], the first `rotated` heads of each rotated, and S [M, sum of ranks]."""
     s = x @ torch.cat([a.to(x.dtype) for a in lora_as]).t()
-    if x.shape[0] == 0:
-        return [x.new_empty(0, w.shape[0]) for w in weights], s
     parts = s.split([a.shape[0] for a in lora_as], 1)
     ys: list[Tensor | None] = []
     for g, (w, b, bias, scaling) in enumerate(zip(weights, lora_bs, biases, scalings, strict=True)):

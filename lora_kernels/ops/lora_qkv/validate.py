@@ -74,6 +74,8 @@ def check_projections(
             _fail(f"biases[{g}] has shape {list(bias.shape)}; accepted: [{n}]")
         if type(heads) is not int or not 0 <= heads <= n // head_dim:
             _fail(f"rotated[{g}]={heads!r} is not usable; accepted: 0 to {n // head_dim} heads")
+        if torch.compiler.is_compiling():
+            continue  # a traced float has no value yet
         if not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
             _fail(f"scalings[{g}]={scaling!r} is not usable; accepted: a finite number")
 
