@@ -165,18 +165,23 @@ ROW = GpuOp(
          "dropout_p": 0.25},
         {"M": 0, "K": 130, "N": 33, "rank": 0, "dtype": BF16, "format": "nf4"},
         {"M": 17, "K": 70, "N": 45, "rank": 5, "dtype": BF16, "format": "fp8"},
+        {"M": 9, "K": 160, "N": 77, "rank": 20, "dtype": BF16, "format": "int4_awq",
+         "block_size": 32, "adapter_dtype": torch.float32},
+        {"M": 100, "K": 384, "N": 136, "rank": 3, "dtype": FP16, "format": "fp8_block"},
     ),
     cases={
         "1×4096×4096 nf4 bfloat16": _case(1, 4096, 4096, 0, "nf4"),
         "8192×4096×4096 nf4 nested r16 bfloat16": _case(
             8192, 4096, 4096, 16, "nf4", double_quant=True
         ),
+        "1×4096×4096 nf4 nested r16 bfloat16": _case(1, 4096, 4096, 16, "nf4", double_quant=True),
         "dequantize 4096×4096 nf4 nested bfloat16": _case(0, 4096, 4096, 0, "nf4"),
         "1×4096×14336 nf4 bfloat16": _case(1, 4096, 14336, 0, "nf4"),
         "64×4096×4096 nf4 bfloat16": _case(64, 4096, 4096, 0, "nf4"),
         "dequantize 4096×4096 int4 bfloat16": _case(0, 4096, 4096, 0, "int4"),
         "1×4096×14336 int4 bfloat16": _case(1, 4096, 14336, 0, "int4"),
         "8×4096×14336 nf4 bfloat16": _case(8, 4096, 14336, 0, "nf4"),
+        "64×4096×4096 nf4 nested r16 bfloat16": _case(64, 4096, 4096, 16, "nf4", double_quant=True),
         "2048×4096×14336 int4 r16 bfloat16": _case(2048, 4096, 14336, 16, "int4"),
         "1×4096×4096 int8 bfloat16": _case(1, 4096, 4096, 0, "int8"),
         "1×4096×4096 fp8 bfloat16": _case(1, 4096, 4096, 0, "fp8"),
