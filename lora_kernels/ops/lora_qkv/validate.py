@@ -96,17 +96,20 @@ def check_rotation(
         )
     lead = list(x.shape[:-1])
     allowed = [lead[-1:]] + ([lead, [1, lead[1]]] if len(lead) == 2 else [])
-    names = " or ".join(map(str, allowed))
     if position_ids is None:
         if list(cos.shape[:-1]) not in allowed:
             _fail(
-                f"cos has shape {list(cos.shape)}; accepted: {names} rows of {channels}, one per "
-                "position of x, or a cache and position_ids"
+                f"cos has shape {list(cos.shape)}; accepted: {_either(allowed)} rows of "
+                f"{channels}, one per position of x, or a cache and position_ids"
             )
     elif cos.dim() != 2:
         _fail(f"cos has shape {list(cos.shape)}; accepted with position_ids: [positions, R]")
     elif list(position_ids.shape) not in allowed:
-        _fail(f"position_ids has shape {list(position_ids.shape)}; accepted: {names}")
+        _fail(f"position_ids has shape {list(position_ids.shape)}; accepted: {_either(allowed)}")
+
+
+def _either(shapes: list[list[int]]) -> str:
+    return " or ".join(str(shape) for shape in shapes)
 
 
 def check_dropout(dropout_p: float, seed: Any) -> None:
