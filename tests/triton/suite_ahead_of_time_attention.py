@@ -173,6 +173,14 @@ def test_defaults(compile_case, case):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
+def test_extents_of_one(compile_case, packed):
+    """They are constants to the compiler, not values."""
+    mask = "" if packed else "additive"
+    assert compile_case(Case("sm_90", S=1, H=1, Hk=1, packed=packed, mask=mask, sinks=True))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", MANY, ids=str)
 def test_defaults_of_every_kind(compile_case, case):
     found = compile_case(case)

@@ -147,6 +147,15 @@ def test_defaults(compile_case, case):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("format", ["nf4", "int4", "fp8_block"])
+def test_extents_of_one(compile_case, format):
+    """They are constants to the compiler, not values."""
+    found, target = compile_case(Case("sm_90", format, K=128, N=1))
+    assert {c.kernel for c in found} >= {"products", "finish"}
+    assert_fits(found, target)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", MANY, ids=str)
 def test_defaults_of_every_kind(compile_case, case):
     assert_all(compile_case, case)
