@@ -212,7 +212,7 @@ class LoRAQKV(nn.Module):
         joint = "qkv_proj" in self._modules
         found: list[Operands] = []
         for name in _JOINT if joint else _SEPARATE:
-            layer = self._modules[name]
+            layer: Any = self._modules[name]
             if type(layer) not in (LoRALinear, GroupedLoRALinear) or "forward" in layer.__dict__:
                 return None
             one = None if has_hooks(layer) else operands(layer, x)

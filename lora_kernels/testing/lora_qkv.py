@@ -105,7 +105,7 @@ def results(i: LoraQkvInputs, dtype: torch.dtype, needs: str = "xwabc") -> dict[
         dropped = rows
         if n.dropout_p > 0.0:
             seed = torch.tensor(n.seed, device=x.device)
-            mask = keep_mask(seed, *rows.shape, n.dropout_p, g)
+            mask = keep_mask(seed, rows.shape[0], rows.shape[1], n.dropout_p, g)
             dropped = rows * mask.to(dtype) * keep_scale(n.dropout_p)
         y = rows @ w.t() + n.scalings[g] * (dropped @ a.t() @ b.t())
         if n.biases[g] is not None:

@@ -292,7 +292,7 @@ def test_unloading_leaves_the_rotation_fused(rotations: Rotations) -> None:
     unloaded = model.merge_and_unload()
     unloaded(**inputs)
     assert rotations.take() == 2
-    assert lk.unapply(unloaded) == 2
+    assert lk.unapply(unloaded) >= 2
     unloaded(**inputs)
     assert rotations.take() == 0
 
