@@ -169,6 +169,17 @@ def test_gradients_are_those_of_the_whole_layer(backend, ready, dtype, lead):
     assert s.grad is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_member_without_an_adapter_has_no_columns(backend, ready, dtype):
+    i = lora_linear_inputs(45, 70, (45, 18, 9), (5, 0, 12), dtype)
+    ready(i)
+    ys, s = forward(i, backend)
+    again, _ = forward(i, backend, s)
+    assert all(torch.equal(p, q) for p, q in zip(again, ys, strict=True))
+    dx, das, dbs = backward(i, backend, s, ds=ds_of(i))
+    judge(i, results(i, again, dx, das, dbs))
+
+
 def one_layer(i: LoraLinearInputs, backend: str, s: Tensor):
     leaves = [t.clone().requires_grad_() for t in (i.x, i.lora_as[0], i.lora_bs[0])]
 
