@@ -4,6 +4,9 @@
 // instruction; both errors are below a tenth of the rounding to bf16.
 #pragma once
 
+// GCC 12 takes the operands that its own AVX-512 header leaves undefined on purpose for mistakes.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+
 #include <type_traits>
 
 #include "../common/vector_math.h"

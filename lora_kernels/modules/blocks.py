@@ -19,7 +19,7 @@ class Mlp(NamedTuple):
     """Attribute names of a block whose forward is ``dropout(down(act(gate(x)) * up(x)))``.
 
     up: empty: there is no factor, ``down(act(gate(x)))``. packed: gate holds gate and up, in this
-    order. dropout: empty: none.
+    order. dropout: empty: none. inner_dropout: of the argument of down; empty: none.
     """
 
     gate: str
@@ -28,6 +28,7 @@ class Mlp(NamedTuple):
     act: str
     packed: bool = False
     dropout: str = ""
+    inner_dropout: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,10 @@ _TABLE: dict[str, dict[str, Block]] = {
     },
     "t5": {
         "T5Attention": Block((("q", "k", "v"),), (("EncDecAttention", (("k", "v"),)),)),
-        "T5DenseGatedActDense": Block((("wi_0", "wi_1"),)),
+        "T5DenseGatedActDense": Block(
+            (("wi_0", "wi_1"),), mlp=Mlp("wi_0", "wi_1", "wo", "act", inner_dropout="dropout")
+        ),
+        "T5DenseActDense": Block((), mlp=Mlp("wi", "", "wo", "act", inner_dropout="dropout")),
     },
     "vit": {
         "ViTAttention": _ATTENTION,

@@ -8,6 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.errors import InvalidArgumentError
+from lora_kernels.modules import grouped_lora_linear
+from lora_kernels.modules.grouped_linear import has_hooks
+from lora_kernels.modules.grouped_lora_linear import GroupedLoRALinear
+from lora_kernels.modules.layer_group import Operands
+from lora_kernels.modules.lora_linear import LoRALinear
+from lora_kernels.modules.mlp_function import fused_mlp
 from lora_kernels.modules.projections import check_layers, check_names, make_projection, project
 from lora_kernels.modules.recomputed import recomputed
 from lora_kernels.ops import gated_activation
@@ -44,6 +50,9 @@ class LoRAMLP(nn.Module):
         recompute: False keeps the activation for the backward of down_proj, which saves one pass
             over gate and up and costs ``intermediate_size`` values per row. Under checkpointing
             and torch.compile it is kept anyway.
+
+    Where every projection has an adapter over a dense weight and no hooks, the whole forward is one
+    autograd node; else the layers are called one by one.
 
     Shapes: x ``[..., hidden_size]`` to ``[..., hidden_size]``.
 
@@ -126,14 +135,28 @@ class LoRAMLP(nn.Module):
         self.gated, self.activation, self.recompute = gate is not None, activation, bool(recompute)
 
     def forward(self, x: Tensor) -> Tensor:
+        first = (self.gate_proj, self.up_proj) if self.gated else (self.up_proj,)
+        y = fused_mlp(
+            x, [_operands(layer, x) for layer in first], _operands(self.down_proj, x),
+            self.activation, self.recompute,
+        )  # fmt: skip
+        if y is not None:
+            return y
         if self.gated:
-            gate, up = project((self.gate_proj, self.up_proj), x)
+            gate, up = project(first, x)
         else:
             gate, up = self.up_proj(x), None
         return activate_and_project(self.down_proj, gate, up, self.activation, self.recompute)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}, gated={self.gated}, recompute={self.recompute}"
+
+
+def _operands(layer: nn.Module, x: Tensor) -> Operands | None:
+    """Of exactly a LoRALinear that nothing watches."""
+    exact = type(layer) in (LoRALinear, GroupedLoRALinear) and "forward" not in layer.__dict__
+    found = grouped_lora_linear.operands(layer, x) if exact and not has_hooks(layer) else None
+    return found if isinstance(found, Operands) else None
 
 
 def activate_and_project(

@@ -12,22 +12,28 @@ from torch import nn
 
 import lora_kernels as lk
 from lora_kernels.integrations.peft import mlp_blocks
-from lora_kernels.modules import lora_mlp
+from lora_kernels.modules import lora_mlp, mlp_function
 
-WITH_ONE = ("llama", "qwen3", "gemma2", "phi3", "gpt2", "vit")
+WITH_ONE = ("llama", "qwen3", "gemma2", "phi3", "gpt2", "vit", "t5", "t5_gated")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How often the activation was computed."""
-    count, op = [0], lora_mlp.gated_activation
+    """How often the activation was computed, by the layers one by one or by a block as one node."""
+    count, op, ops = [0], lora_mlp.gated_activation, mlp_function._ops
 
     def counted(*args: object, **kwargs: object) -> torch.Tensor:
         count[0] += 1
         return op(*args, **kwargs)
 
+    class Counted:
+        def __getattr__(self, name: str) -> object:
+            count[0] += name == "gated_activation_fwd"
+            return getattr(ops, name)
+
     monkeypatch.setattr(lora_mlp, "gated_activation", counted)
+    monkeypatch.setattr(mlp_function, "_ops", Counted())
     return count
 
 
@@ -39,7 +45,7 @@ def test_numbers_and_undoing(family: str, dtype: str, computed: list[int]) -> No
     exact, low = oracle(model, inputs), run(model, inputs)
     classes, keys = [type(m) for m in model.modules()], list(model.state_dict())
     with lk.applied(model, recompute_activations=True) as report:
-        entries = [g for g in report.groups if g["kind"] == mlp_blocks.KIND]
+        entries = [g for g in report.groups if g["kind"] == mlp_blocks.RECOMPUTED]
         assert [e["status"] for e in entries] == ["fused", "fused"]
         assert "the activation is recomputed" in str(report)
         assert list(model.state_dict()) == keys
@@ -88,7 +94,7 @@ def test_reasons() -> None:
     blocks = [m for m in model.modules() if type(m).__name__ == "LlamaMLP"]
     blocks[0].act_fn = nn.Mish()
     report = lk.apply(model, recompute_activations=True)
-    entries = [g for g in report.groups if g["kind"] == mlp_blocks.KIND]
+    entries = [g for g in report.groups if g["kind"] == mlp_blocks.RECOMPUTED]
     assert entries[0]["reason"] == "the activation is Mish" and entries[1]["status"] == "fused"
     few = FAMILIES["llama"]
     frozen = lk.replace_modules  # a model whose down_proj has no adapter
@@ -96,6 +102,6 @@ def test_reasons() -> None:
     frozen(plain, targets=["gate_proj"])
     entries = [
         g for g in lk.apply(plain, recompute_activations=True).groups
-        if g["kind"] == mlp_blocks.KIND
+        if g["kind"] == mlp_blocks.RECOMPUTED
     ]  # fmt: skip
     assert "down_proj has no adapter" in entries[0]["reason"]

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lk
 from lora_kernels.errors import InvalidArgumentError
-from lora_kernels.modules import layer_group, lora_mlp, projections
+from lora_kernels.modules import layer_group, lora_mlp, mlp_function, projections
 from lora_kernels.modules.lora_mlp import ACTIVATIONS
 from lora_kernels.modules.lora_transposed_linear import LoRATransposedLinear
 from lora_kernels.testing import BudgetExceededError, assert_within_budget
@@ -59,16 +59,34 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each call of a LoRAMLP, whether it was one autograd node."""
+    found, fused = [], lora_mlp.fused_mlp
+
+    def recorded(*args, **kwargs):
+        y = fused(*args, **kwargs)
+        found.append(y is not None)
+        return y
+
+    monkeypatch.setattr(lora_mlp, "fused_mlp", recorded)
+    return found
+
+
 @DTYPES
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_mlp(activation, gated, dtype, calls):
+def test_mlp(activation, gated, dtype, calls, nodes):
     if (activation, dtype) == ("relu", torch.bfloat16):
         pytest.skip("its derivative jumps where the rounding of the input differs")
     torch.manual_seed(0)
     m = fill(lk.LoRAMLP(24, 40, activation, gated=gated, bias=not gated, r=5, alpha=9, dtype=dtype))
-    check(m, plain_mlp, torch.randn(3, 11, 24).to(dtype))
-    assert calls == ([2] if gated else [])
+    x = torch.randn(3, 11, 24).to(dtype)
+    check(m, plain_mlp, x)
+    assert nodes == [True] and calls == []
+    m.down_proj.register_forward_hook(lambda *_: None)  # then layer by layer
+    check(m, plain_mlp, x)
+    assert nodes == [True, False] and calls == ([2] if gated else [])
 
 
 RANKS = [
@@ -81,14 +99,56 @@ RANKS = [
 
 @pytest.mark.parametrize("quant", [None, "nf4", "int8"])
 @pytest.mark.parametrize("ranks", RANKS, ids=lambda r: "-".join(r))
-def test_mlp_with_any_mix_of_adapters(ranks, quant, calls):
+def test_mlp_with_any_mix_of_adapters(ranks, quant, nodes):
     torch.manual_seed(0)
     alpha = {"gate_proj": 3, "up_proj": 8}
     m = fill(lk.LoRAMLP(32, 64, r=ranks, alpha=alpha, quant=quant, bias=True))
     adapted = {n.split(".")[0] for n, p in m.named_parameters() if p.requires_grad}
     assert adapted == {name for name, r in ranks.items() if r}
     check(m, plain_mlp, torch.randn(9, 32))
-    assert calls == ([2] if quant is None and len(ranks) == 3 else [])
+    assert nodes == [quant is None and len(ranks) == 3]
+
+
+@pytest.mark.parametrize("products", [False, True])
+@pytest.mark.parametrize("frozen", ["none", "x", "lora_A", "lora_B", "down", "first"])
+def test_mlp_gradients_that_are_not_needed(frozen, products, monkeypatch, nodes):
+    """What is frozen gets none, the others what they get anyway, dS and dB given or not."""
+    monkeypatch.setattr(
+        mlp_function, "_PRODUCTS", {("cpu", torch.float32)} if products else frozenset()
+    )
+    torch.manual_seed(0)
+    m = fill(lk.LoRAMLP(24, 40, "gelu_tanh", r=4, bias=True))
+    for bias in (m.gate_proj.bias, m.down_proj.bias):
+        bias.requires_grad_()
+    for name, p in m.named_parameters():
+        hit = frozen in name or (frozen == "first" and "down" not in name)
+        p.requires_grad_(p.requires_grad and not hit)
+    x = torch.randn(9, 24)
+    if frozen == "x":
+        wanted = gradients(m, m, x)
+        m.zero_grad()
+        m(x).backward(torch.randn(9, 24, generator=torch.Generator().manual_seed(1)).double()
+                      .float())  # fmt: skip
+        assert all(wanted[n].shape == p.grad.shape for n, p in m.named_parameters()
+                   if p.requires_grad)  # fmt: skip
+    else:
+        check(m, plain_mlp, x)
+    assert all(nodes)
+
+
+def test_mlp_without_gradients_gives_the_same_bits(nodes):
+    m = fill(lk.LoRAMLP(24, 40, r=4))
+    x = torch.randn(9, 24)
+    with torch.no_grad():
+        y = m(x)
+    assert torch.equal(y, m(x)) and nodes == [True, True]
+
+
+def test_second_derivatives_of_an_mlp_are_refused():
+    m, x = fill(lk.LoRAMLP(8, 8, r=2)), torch.randn(3, 8, requires_grad=True)
+    (dx,) = torch.autograd.grad(m(x).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        dx.sum().backward()
 
 
 @DTYPES
@@ -260,13 +320,14 @@ def test_what_is_kept_for_the_backward():
 @pytest.mark.parametrize("gated", [True, False])
 def test_recomputing_changes_no_bit(gated, monkeypatch):
     m = fill(lk.LoRAMLP(32, 64, "gelu", gated=gated, r=4, dropout=0.3)).train()
-    count, op = [0], lora_mlp.gated_activation
+    count, ops = [0], mlp_function._ops
 
-    def counted(*args, **kwargs):
-        count[0] += 1
-        return op(*args, **kwargs)
+    class Counted:
+        def __getattr__(self, name):
+            count[0] += name == "gated_activation_fwd"
+            return getattr(ops, name)
 
-    monkeypatch.setattr(lora_mlp, "gated_activation", counted)
+    monkeypatch.setattr(mlp_function, "_ops", Counted())
     x, found, computed = torch.randn(50, 32), [], []
     for recompute in (True, False):
         m.recompute, count[0] = recompute, 0

@@ -17,8 +17,7 @@ from lora_kernels.integrations.peft import eligibility
 from lora_kernels.integrations.peft.fallback import warn_once
 from lora_kernels.integrations.peft.groups import dissolve_groups, form_groups, take_apart
 from lora_kernels.integrations.peft.linear import FusedLoraLinear, FusedQuantLoraLinear
-from lora_kernels.integrations.peft.mlp_blocks import recompute_activations
-from lora_kernels.integrations.peft.mlp_blocks import to_stock as mlp_to_stock
+from lora_kernels.integrations.peft.mlp_blocks import fuse_activations, mlp_blocks
 from lora_kernels.integrations.peft.quant_base import is_quantized, quantized_base
 from lora_kernels.integrations.peft.report import ApplyReport
 from lora_kernels.integrations.peft.rotary_blocks import fuse_rotary, rotary_blocks
@@ -58,15 +57,14 @@ def apply(
 
     ``LORA_KERNELS_DISABLE=apply`` (or ``lora_linear``) leaves every layer stock;
     ``LORA_KERNELS_DISABLE=grouped_lora_linear`` fuses each layer by itself, ``rope`` leaves the
-    rotation to the model.
+    rotation to the model, ``gated_activation`` the activation.
 
     Args:
         fused_loss: causal language models compute the loss of a call with labels by
             ``lk.ops.linear_cross_entropy``, without logits; ``outputs.logits`` are made when
             they are read. The report's groups say which models do.
         recompute_activations: MLP blocks of known classes do not keep the activation for the
-            backward but compute it again: less memory (docs/blocks.md), one more pass. Such a
-            model cannot be pickled whole.
+            backward but compute it again: less memory (docs/blocks.md), one more pass.
         fused_norms: RMS norms of known classes run on ``lk.ops.rms_norm`` where one of its kernels
             beats what the model spells out (docs/blocks.md). False gives them their own forward
             back.
@@ -94,10 +92,10 @@ def unapply(model: nn.Module) -> int:
         InvalidArgumentError: `model` is not a torch.nn.Module.
     """
     dissolve_groups(_checked(model))
-    layers = sum(_to_stock(module) or mlp_to_stock(module) for module in model.modules())
+    layers = sum(_to_stock(module) for module in model.modules())
     for module in model.modules():
         norm_to_stock(module)
-    blocks = sum(_swap(*change) for change in list(rotary_blocks(model)))
+    blocks = sum(_swap(*change) for change in [*rotary_blocks(model), *mlp_blocks(model)])
     return layers + blocks + unfuse_loss(model)
 
 
@@ -121,8 +119,8 @@ def applied(
         for group in groups:
             take_apart(group)
         for module in changed:
-            if not (_to_stock(module) or mlp_to_stock(module)):
-                for change in rotary_blocks(module, deep=False):
+            if not _to_stock(module):
+                for change in [*rotary_blocks(module, False), *mlp_blocks(module, False)]:
                     _swap(*change)
         for module in norms:
             swap_back(module)
@@ -171,16 +169,16 @@ def _apply(
         entries_of_rotations, rotations = fuse_rotary(model)
         report.groups.extend(entries_of_rotations)
         changed.extend(block for block, *classes in rotations if _swap(block, *classes))
-    if recompute:
-        entries_of_mlps, blocks = recompute_activations(model)
+    # A model of which no layer is fused computes what it did before, bit for bit.
+    ours = bool(report.fused) or any(adapter_parameters(m) for m in model.modules())
+    if ours or recompute:
+        entries_of_mlps, mlps = fuse_activations(model, recompute)
         report.groups.extend(entries_of_mlps)
-        changed.extend(blocks)
+        changed.extend(block for block, *classes in mlps if _swap(block, *classes))
     if fused_loss:
         report.groups.extend(
             {"kind": "linear_cross_entropy", **asdict(entry)} for entry in fuse_loss(model)
         )
-    # A model of which no layer is fused computes what it did before, bit for bit.
-    ours = bool(report.fused) or any(adapter_parameters(m) for m in model.modules())
     entries_of_norms, norms = fuse_norms(model, fused_norms and ours)
     report.norms.extend(entries_of_norms)
     return report, changed, groups, norms

@@ -1,8 +1,14 @@
-"""MLP blocks of transformers models that recompute their activation: a class swap of the block."""
+"""MLP blocks of transformers models on the fused activation: a class swap of the block.
+
+The block's layers run as before, their hooks included; where nothing watches them and all of them
+have an adapter, the whole block is one autograd node (modules/mlp_function.py).
+"""
 
 from __future__ import annotations
 
+import copyreg
 import functools
+import os
 from typing import Any
 
 import torch
@@ -11,16 +17,29 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from transformers import activations
 
+from lora_kernels.integrations.peft import linear
+from lora_kernels.modules import grouped_lora_linear
 from lora_kernels.modules.blocks import Mlp, blocks_of, row_of
+from lora_kernels.modules.grouped_linear import has_hooks
+from lora_kernels.modules.grouped_lora_linear import GroupedLoRALinear
+from lora_kernels.modules.layer_group import Operands, group_of
 from lora_kernels.modules.lora_linear import LoRALinear
 from lora_kernels.modules.lora_mlp import activate_and_project
+from lora_kernels.modules.mlp_function import fused_mlp
 from lora_kernels.modules.report import FUSED, STOCK
+from lora_kernels.ops import _dispatch, explain
 
-KIND = "recomputed_activation"
+KIND, RECOMPUTED = "gated_activation", "recomputed_activation"
+_EAGER = ("aten", "reference")  # backends that gain nothing over what the model spells out
+_ROWS = 1024  # of the problem that a block is judged by
 
 
-class RecomputedMlp:
-    """Mark of the subclasses that :func:`recompute_activations` makes."""
+class FusedMlp:
+    """Mark of the subclasses that :func:`fuse_activations` makes. `stock`: the block's own class;
+    `recompute`: the activation is not kept for the backward."""
+
+    stock: Any
+    recompute = False
 
 
 def activation_kind(module: Any) -> str:
@@ -37,45 +56,103 @@ def activation_kind(module: Any) -> str:
     return kinds.get(type(module), "")
 
 
-def recompute_activations(model: nn.Module) -> tuple[list[dict[str, Any]], list[nn.Module]]:
-    """(an entry of the report for every MLP block of the table, the blocks that changed)."""
-    entries, changed = [], []
+def fuse_activations(
+    model: nn.Module, recompute: bool
+) -> tuple[list[dict[str, Any]], list[tuple[nn.Module, Any, Any]]]:
+    """(an entry of the report for every MLP block of the table, (block, its class, the class to
+    give it) for those that change)."""
+    entries, changes = [], []
     for path, block, row in blocks_of(model):
         if row.mlp is None:
             continue
-        reason = _reason(block, row.mlp)
-        entries.append({
-            "kind": KIND, "name": path, "members": [row.mlp.act, row.mlp.down],
-            "status": STOCK if reason else FUSED, "reason": reason,
-        })  # fmt: skip
-        if not reason and not isinstance(block, RecomputedMlp):
-            cls: Any = type(block)
-            block.__class__ = _recomputed_class(cls)
-            changed.append(block)
-    return entries, changed
+        cls = _plain_class(type(block))
+        stock = cls.stock if issubclass(cls, FusedMlp) else cls
+        reason = _reason(block, stock, row.mlp)
+        kept = _kept_anyway(block, row.mlp) if recompute else ""
+        unpaid = _unpaid(block, row.mlp)
+        if recompute:
+            entries.append(_entry(RECOMPUTED, path, (row.mlp.act, row.mlp.down), reason or kept))
+        if not recompute or kept:
+            entries.append(_entry(KIND, path, (row.mlp.act,), reason or unpaid))
+        again = recompute and not kept
+        able = not reason and (again or not unpaid)
+        new = fused_class(stock, again) if able else stock
+        if cls is not new:
+            changes.append((block, cls, new))
+    return entries, changes
 
 
-def to_stock(block: nn.Module) -> bool:
-    """Give a block its own class back; False for any other module."""
-    if not isinstance(block, RecomputedMlp):
-        return False
-    stock: Any = type(block).__mro__[2]
-    block.__class__ = stock
-    return True
+def mlp_blocks(model: nn.Module, deep: bool = True) -> list[tuple[nn.Module, Any, Any]]:
+    """(block, its class, its stock class) of every block that was changed; of `model` alone where
+    it is not `deep`."""
+    found = []
+    for module in model.modules() if deep else (model,):
+        cls = _plain_class(type(module))
+        if issubclass(cls, FusedMlp):
+            found.append((module, cls, cls.stock))
+    return found
 
 
-def _reason(block: nn.Module, mlp: Mlp) -> str:
-    if type(block).__name__.startswith("FSDP"):
-        return "the block is wrapped by fully_shard"
-    if "forward" in block.__dict__:
+def _entry(kind: str, path: str, members: tuple[str, ...], reason: str) -> dict[str, Any]:
+    return {
+        "kind": kind, "name": path, "members": list(members),
+        "status": STOCK if reason else FUSED, "reason": reason,
+    }  # fmt: skip
+
+
+def _plain_class(cls: type) -> Any:
+    """The class that fully_shard made its subclass from."""
+    if cls.__name__.startswith("FSDP") and cls.__bases__[0].__name__ == "FSDPModule":
+        return cls.__bases__[-1]
+    return cls
+
+
+def _reason(block: nn.Module, stock: Any, mlp: Mlp) -> str:
+    if _dispatch.disabled(KIND, "apply"):
+        return "disabled by LORA_KERNELS_DISABLE"
+    own = block.__dict__.get("forward")
+    if own is not None:
         return "the block has a forward of its own on the instance"
-    down = block._modules.get(mlp.down)
-    if not (hasattr(down, "lora_A") or isinstance(down, LoRALinear)):
-        return f"{mlp.down} has no adapter, so its input is not kept anyway"
+    for name in (mlp.gate, mlp.up, mlp.down):
+        if name and block._modules.get(name) is None:
+            return f"the block has no {name}"
     act = block._modules.get(mlp.act)
-    if not activation_kind(act):
-        return f"the activation is {type(act).__name__}"
-    return ""
+    return "" if activation_kind(act) else f"the activation is {type(act).__name__}"
+
+
+def _kept_anyway(block: nn.Module, mlp: Mlp) -> str:
+    """Why there is nothing to recompute for."""
+    down = block._modules.get(mlp.down)
+    if hasattr(down, "lora_A") or isinstance(down, LoRALinear):
+        return ""
+    return f"{mlp.down} has no adapter, so its input is not kept anyway"
+
+
+def _unpaid(block: nn.Module, mlp: Mlp) -> str:
+    """Why the model's own activation is as quick, for the dtype and device of its weights."""
+    weight = next(iter(block.parameters()), None)
+    if weight is None or weight.is_meta or not weight.is_floating_point():
+        return ""  # a call looks again
+    return _unpaid_for(
+        activation_kind(block._modules[mlp.act]), bool(mlp.up or mlp.packed), weight.dtype,
+        weight.device.type, _environment(),
+    )  # fmt: skip
+
+
+def _environment() -> tuple[str, ...]:
+    names = ("LORA_KERNELS_BACKEND", "LORA_KERNELS_DISABLE", "LORA_KERNELS_CPU_ISA")
+    return tuple(os.environ.get(n, "") for n in names)
+
+
+@functools.lru_cache(maxsize=64)
+def _unpaid_for(
+    kind: str, gated: bool, dtype: torch.dtype, device: str, environment: tuple[str, ...]
+) -> str:
+    """`environment` serves the key alone."""
+    if not kind or dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        return f"no kernel takes {dtype}"
+    told = explain(KIND, M=_ROWS, N=_ROWS, kind=kind, gated=gated, dtype=dtype, device=device)
+    return f"no kernel beats the model's own: {told['reason']}" if told["backend"] in _EAGER else ""
 
 
 def _applies(block: nn.Module, mlp: Mlp, x: Tensor) -> bool:
@@ -92,33 +169,116 @@ def _applies(block: nn.Module, mlp: Mlp, x: Tensor) -> bool:
         and not torch.jit.is_tracing()
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch.autograd.forward_ad._current_level < 0
-        and isinstance(x, Tensor)
+        and type(x) is Tensor
         and not any(hooks)
         and bool(activation_kind(act))
+        and not _drops(block, mlp)
+        and not _casts(block, mlp, x)
     )
 
 
+def _casts(block: nn.Module, mlp: Mlp, x: Tensor) -> bool:
+    """T5 converts the argument of a down projection of another dtype."""
+    weight = getattr(block._modules[mlp.down], "weight", None) if mlp.inner_dropout else None
+    return isinstance(weight, Tensor) and weight.dtype != x.dtype
+
+
+def _drops(block: nn.Module, mlp: Mlp) -> bool:
+    """The argument of down is dropped from, or watched on its way."""
+    inner: Any = block._modules.get(mlp.inner_dropout) if mlp.inner_dropout else None
+    if inner is None:
+        return False
+    return type(inner) is not nn.Dropout or (inner.training and inner.p > 0) or has_hooks(inner)
+
+
+def _operands(layer: Any, x: Tensor) -> Operands | None:
+    """What one call for the whole block needs of a layer; None: it computes by itself."""
+    if has_hooks(layer) or "forward" in layer.__dict__:
+        return None
+    if type(layer) is linear.FusedLoraLinear:
+        found = linear.operands(layer, x)
+    elif type(layer) in (LoRALinear, GroupedLoRALinear):
+        found = grouped_lora_linear.operands(layer, x)
+    else:
+        return None
+    return found if type(found) is Operands else None
+
+
+def _as_one(block: Any, mlp: Mlp, x: Tensor, kind: str) -> Tensor | None:
+    """The block as one node, dropout of its result aside; None where that cannot be."""
+    layers = block._modules
+    first = [layers[name] for name in (mlp.gate, mlp.up) if name]
+    if mlp.packed or (len(first) > 1 and not _grouped(first)):
+        return None
+    found = []
+    for layer in (*first, layers[mlp.down]):
+        operands = _operands(layer, x)
+        if operands is None:
+            return None
+        found.append(operands)
+    return fused_mlp(x, found[:-1], found[-1], kind, block.recompute)
+
+
+def _grouped(layers: list[nn.Module]) -> bool:
+    """They may be computed together, and have not been found to differ in their input."""
+    group = group_of(layers[0])
+    return group is not None and not group.dissolved and group is group_of(layers[1])
+
+
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    stock: Any = type(self).__mro__[2]
+    stock: Any = self.stock
     row = row_of(stock)
     mlp = None if row is None else row.mlp
     x = args[0] if len(args) == 1 and not kwargs else None
     if mlp is None or x is None or not _applies(self, mlp, x):
         return stock.forward(self, *args, **kwargs)
     layers = self._modules
-    gate: Tensor = layers[mlp.gate](x)
-    up: Tensor | None = layers[mlp.up](x) if mlp.up else None
-    if mlp.packed:
-        gate, up = gate.chunk(2, dim=-1)
     kind = activation_kind(layers[mlp.act])
-    y = activate_and_project(layers[mlp.down], gate, up, kind, recompute=True)
+    if not self.recompute and _unpaid_for(
+        kind, bool(mlp.up or mlp.packed), _dtype_of_call(x), x.device.type, _environment()
+    ):
+        return stock.forward(self, *args, **kwargs)
+    y = _as_one(self, mlp, x, kind)
+    if y is None:
+        gate: Tensor = layers[mlp.gate](x)
+        up: Tensor | None = layers[mlp.up](x) if mlp.up else None
+        if mlp.packed:
+            gate, up = gate.chunk(2, dim=-1)
+        if type(gate) is not Tensor or (up is not None and up.dtype != gate.dtype):
+            h = layers[mlp.act](gate)
+            y = layers[mlp.down](h if up is None else h * up)
+        else:
+            y = activate_and_project(layers[mlp.down], gate, up, kind, self.recompute)
     return layers[mlp.dropout](y) if mlp.dropout else y
 
 
+def _dtype_of_call(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
+
+
 @functools.cache
-def _recomputed_class(cls: Any) -> Any:
-    """A subclass of exactly `cls` that prints as it."""
-    return type(
-        cls.__name__, (RecomputedMlp, cls),
-        {"forward": _forward, "__module__": cls.__module__, "__doc__": cls.__doc__},
-    )  # fmt: skip
+def fused_class(cls: Any, recompute: bool) -> Any:
+    """A subclass of exactly `cls` that prints as it and is found in the table of blocks as it."""
+
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _forward(self, *args, **kwargs)
+
+    members = {
+        "forward": forward, "stock": cls, "recompute": recompute,
+        "__reduce_ex__": _reduce, "__module__": cls.__module__, "__doc__": cls.__doc__,
+        "__qualname__": cls.__qualname__,
+    }  # fmt: skip
+    return type(cls.__name__, (FusedMlp, cls), members)
+
+
+def _reduce(self: Any, protocol: Any) -> Any:
+    """Copies and pickles: the class is made again from the one that has a name."""
+    state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+    return _restored, (self.stock, self.recompute), state
+
+
+def _restored(stock: Any, recompute: bool) -> Any:
+    return copyreg.__newobj__(fused_class(stock, recompute))  # type: ignore[attr-defined]

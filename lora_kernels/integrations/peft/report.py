@@ -8,7 +8,8 @@ from typing import Any
 
 from lora_kernels.modules.report import LayerReport, Report
 
-MLP, ROTARY = "recomputed_activation", "rotary_embedding"
+MLP, ROTARY = "gated_activation", "rotary_embedding"
+RECOMPUTED = "recomputed_activation"
 
 
 def _pattern(name: str) -> str:
@@ -23,9 +24,9 @@ class ApplyReport(Report):
     `backend` of a fused layer is what a call of 1024 rows would pick. `groups` holds a dict for
     every set of layers with one input, ``{"kind": "grouped_lora_linear", "name": path of the
     block, "members": [names], "status": "fused" or "stock", "reason"}``: stock ones are fused
-    layer by layer. Attention blocks that rotate have one of kind ``rotary_embedding``. With
-    recompute_activations there is one of kind ``recomputed_activation`` for every MLP block; with
-    fused_loss also one for each model whose loss was looked at.
+    layer by layer. Attention blocks that rotate have one of kind ``rotary_embedding``, MLP blocks
+    one of kind ``gated_activation``, or with recompute_activations ``recomputed_activation``; with
+    fused_loss there is also one for each model whose loss was looked at.
 
     `norms` holds a dict for every RMS norm of a known class, ``{"kind": "rms_norm", "name",
     "status", "reason", "backend"}``.
@@ -65,7 +66,8 @@ class ApplyReport(Report):
             if "members" in entry:
                 what = f"{_pattern(entry['name'])}: {', '.join(entry['members'])}"
                 how = "computed together" if len(entry["members"]) > 1 else "one layer for all"
-                how = "the activation is recomputed" if entry["kind"] == MLP else how
+                how = "the activation is one pass" if entry["kind"] == MLP else how
+                how = "the activation is recomputed" if entry["kind"] == RECOMPUTED else how
                 how = "the rotation is one pass" if entry["kind"] == ROTARY else how
                 alike[what, entry["reason"] or how] += 1
         return [f"{count} x {what}: {how}" for (what, how), count in alike.items()]
