@@ -46,6 +46,7 @@ FORMATS = {
     "nf4+dq": ("nf4", "flat", 64, 256),
     "int8": ("int8", "int8_row", 64, 0),
     "int4 g128": ("int4", "gptq", 128, 0),
+    "fp8": ("fp8", "fp8_row", 64, 0),
 }
 Parts = tuple[Tensor, ...]
 Work = Callable[[], object]
@@ -220,7 +221,7 @@ def training(w: Tensor, m: int, rounds: int) -> list[dict[str, Any]]:
             [dy], x, [base], [a], [b], s, [1.0], 0.0, None, True, True, True
         ),
     }
-    for name in ("nf4", "nf4+dq", "int8"):
+    for name in FORMATS:
         spec, (parts, *_) = packed(w, name)
         y, _ = cpu.quant_linear_fwd(x, parts, spec, None, a, b, 1.0, 0.0, None)
         back = reference.dequantize(parts, spec, DTYPE)

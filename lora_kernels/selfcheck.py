@@ -83,6 +83,10 @@ def _quant_linear(backend: str) -> None:
         for dtype, dropout_p in ((torch.float32, 0.25), (torch.bfloat16, 0.0)):
             inputs = quant_linear_inputs(70, 96, 81, 5, dtype, format=name, dropout_p=dropout_p)
             check_quant_linear(moved(inputs, _device(backend)), backend)
+        # A few rows, as in decoding, and more than one tile of them.
+        for shape in ((3, 160, 72, 5), (130, 96, 81, 5)):
+            inputs = quant_linear_inputs(*shape, torch.bfloat16, format=name)
+            check_quant_linear(moved(inputs, _device(backend)), backend)
 
 
 def _dora_linear(backend: str) -> None:
@@ -116,15 +120,19 @@ def _attention(backend: str) -> None:
 
 
 def _gated_activation(backend: str) -> None:
+    from lora_kernels.ops._registry import find
     from lora_kernels.testing import check_gated_activation, gated_activation_inputs, moved
 
     kinds = ["silu", "gelu_tanh", "relu", "relu_squared"]
     if backend != "cpu":  # which refuses it
         kinds.append("gelu")
+    spec, device = find("gated_activation"), _device(backend)
     for dtype in (torch.float32, torch.bfloat16):
+        if not spec.supports(backend, spec.problem(M=70, N=33, dtype=dtype, device=device))[0]:
+            continue
         for kind in kinds:
             inputs = gated_activation_inputs((70, 33), kind, dtype=dtype)
-            check_gated_activation(moved(inputs, _device(backend)), backend)
+            check_gated_activation(moved(inputs, device), backend)
 
 
 def _rms_norm(backend: str) -> None:

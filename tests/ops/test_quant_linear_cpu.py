@@ -97,6 +97,21 @@ def test_dequantize_and_identity(isa, weight, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_fp8_code(isa, dtype):
+    spec = QuantSpec("fp8", "fp8_tensor", (4, 64), torch.float32, 64, 0)
+    _, *scales = reference.quantize(torch.ones(4, 64), spec)
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(4, 64)
+    got = cpu.dequantize((codes, *scales), spec, dtype)
+    want = reference.dequantize((codes, *scales), spec, dtype)
+    assert want.isnan().sum() == 2
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got.nan_to_num(0.0), want.nan_to_num(0.0))
+    finite = torch.where(want.isnan(), 0, codes.view(torch.uint8)).view(torch.float8_e4m3fn)
+    y = plain(torch.eye(64, dtype=dtype), (finite, *scales), spec)
+    assert torch.equal(y, reference.dequantize((finite, *scales), spec, dtype).t())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["flat", "int8_row"])
 def test_quantize_gives_the_bytes_of_the_reference(isa, layout, dtype):
     for n, k, block, nested in (
@@ -184,8 +199,10 @@ def _oracle_bwd(dy, x, w, a, b, s, scaling, dropout_p, seed):
         ("nf4", "flat", 611, 1216, 64, 256, False),
         ("int8", "int8_row", 590, 1229, 64, 0, False),
         ("int4", "gptq", 611, 1152, 128, 0, False),
+        ("int4", "awq", 97, 1176, 56, 0, False),
+        ("fp8", "fp8_row", 594, 1216, 64, 0, False),
     ],
-    ids=lambda weight: weight[0],
+    ids=lambda weight: weight[1],
 )
 def test_long_rows_in_blocks(isa, weight, dropout_p):
     """Several blocks and panels in both directions, more rows than one chunk."""
