@@ -63,7 +63,6 @@ FEW = [
     ("sm_90", FP16, {"interleaved": True, "D": 80, "R": 32, "ids": False, "bias": True}),
     ("sm_100", BF16, {"M": 8, "rank": 64}),
     ("gfx942", BF16, {"D": 64}),
-    ("sm_80", FP32, {"K": 2040}),
 ]
 WHOLE = list(
     itertools.product(
