@@ -21,7 +21,7 @@ _once = differentiable_once("the MLP", "compute the activation with torch.nn.fun
 _ops = torch.ops.lora_kernels
 # Where products beside the activation were measured to be quicker than a pass of their own
 # (docs/measured_facts.md). S of down comes for next to nothing with down's own packing of H.
-_PRODUCTS = {("cpu", torch.bfloat16)}
+_PRODUCTS = {("cpu", torch.bfloat16), ("cpu", torch.float32)}
 
 
 class Plan(NamedTuple):
@@ -131,7 +131,7 @@ class MlpFunction(torch.autograd.Function):
         x, s, gate, up, h, s_down, seed, seed_down, *flat = ctx.saved_tensors
         plan, n = ctx.plan, len(ctx.plan.scalings)
         weights, lora_as, lora_bs = flat[:n], flat[n : 2 * n], flat[2 * n :]
-        need_x, *needs = ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]
+        need_x, needs = ctx.needs_input_grad[0], list(ctx.needs_input_grad[4:])
         need_a, need_b, need_bias = (needs[i * n : (i + 1) * n] for i in (1, 2, 3))
         dy = grads[0] if grads[0].dtype == x.dtype else grads[0].to(x.dtype)
         below = need_x or any(need_a[:-1]) or any(need_b[:-1]) or any(need_bias[:-1])
