@@ -68,9 +68,8 @@ def supports(backend: str, problem: LoraQkvProblem) -> tuple[bool, str]:
     if backend == "aten":
         return True, "lora_linear, and rope in place of what it has just written"
     if backend == "triton":
-        from lora_kernels.ops.lora_qkv import triton
-
-        return triton.supports(problem)
+        answer: tuple[bool, str] = backend_module(backend).supports(problem)
+        return answer
     return False, f"{OP} has no {backend} kernels; lora_linear and rope inside may"
 
 
