@@ -43,8 +43,8 @@ def gated_activation(
             ``relu``, ``relu_squared``.
         lora_as: A ``[r, features]`` of the adapters of the layers that take the result (the down
             projection), any floating dtype. With any, S is returned, too.
-        backend: None or ``auto``, ``reference``, ``aten``, ``cpu``. A backend asked for by name
-            never falls back.
+        backend: None or ``auto``, ``reference``, ``aten``, ``cpu``, ``triton``, ``cuda``. A backend
+            asked for by name never falls back.
 
     Computed in the dtype of gate, also under ``torch.autocast``; where a backend rounds is in the
     op's README. Differentiable once; the backward computes the activation again.

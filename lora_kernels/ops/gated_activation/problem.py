@@ -16,7 +16,7 @@ from lora_kernels.ops import _dispatch, _evidence
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu_squared")
-BACKENDS = ("reference", "aten", "cpu", "triton")
+BACKENDS = ("reference", "aten", "cpu", "triton", "cuda")
 OP = "gated_activation"
 
 
