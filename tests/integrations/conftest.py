@@ -9,7 +9,7 @@ pytest.importorskip("peft")
 
 from peft_models import Calls
 
-from lora_kernels.integrations.peft import fallback, linear
+from lora_kernels.integrations.peft import fallback, linear, mlp_blocks
 from lora_kernels.modules import layer_group
 
 
@@ -34,6 +34,17 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         calls.count += 1
         return dora(*args, **kwargs)
 
+    whole = mlp_blocks.fused_mlp
+
+    def counted_mlp(x: torch.Tensor, first: list[object], *args: object) -> torch.Tensor | None:
+        before = calls.count
+        calls.count += len(first) + 1  # now: a checkpoint ends its second run inside the call
+        y = whole(x, first, *args)
+        if y is None:
+            calls.count = before
+        return y
+
+    monkeypatch.setattr(mlp_blocks, "fused_mlp", counted_mlp)
     monkeypatch.setattr(linear, "lora_linear", counted)
     monkeypatch.setattr(linear, "dora_linear", counted_dora)
     monkeypatch.setattr(layer_group, "grouped_lora_linear", counted_group)

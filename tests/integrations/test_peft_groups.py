@@ -455,12 +455,14 @@ def test_layers_of_this_package(group_sizes):
 
 
 @pytest.mark.parametrize("family", CASES)
-def test_families(family, group_sizes):
+def test_families(family, group_sizes, monkeypatch):
+    # Its blocks stay what they are: a fused MLP asks its groups for nothing.
+    monkeypatch.setenv("LORA_KERNELS_DISABLE", "gated_activation")
     case = CASES[family]
     model = case.peft_model()
     report = lk.apply(model)
     together = [g for g in report.groups if len(g["members"]) > 1]
-    assert all(g["status"] == "fused" for g in report.groups)
+    assert all(g["status"] == "fused" for g in report.groups if g["kind"] != "gated_activation")
     run(model, case.inputs())
     assert sorted(group_sizes) == sorted(len(g["members"]) for g in together)
     attached = {id(g): g for m in model.modules() if (g := group_of(m))}

@@ -86,7 +86,8 @@ def unapply(model: nn.Module) -> int:
     """Give every fused layer and block of `model` its class back, and the loss its logits.
 
     Returns:
-        How many layers, blocks and losses changed, norms not counted; 0 when none was fused.
+        How many layers, blocks and losses changed, norms and MLP blocks not counted; 0 when
+        none was fused.
 
     Raises:
         InvalidArgumentError: `model` is not a torch.nn.Module.
@@ -95,7 +96,9 @@ def unapply(model: nn.Module) -> int:
     layers = sum(_to_stock(module) for module in model.modules())
     for module in model.modules():
         norm_to_stock(module)
-    blocks = sum(_swap(*change) for change in [*rotary_blocks(model), *mlp_blocks(model)])
+    for change in mlp_blocks(model):
+        _swap(*change)
+    blocks = sum(_swap(*change) for change in list(rotary_blocks(model)))
     return layers + blocks + unfuse_loss(model)
 
 
