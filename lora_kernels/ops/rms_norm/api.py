@@ -30,8 +30,8 @@ def rms_norm(
             effect where weight is None.
         lora_as: matrices ``[r, features]`` of adapters that read the result. With any, their
             products with it are made while it is at hand.
-        backend: None or ``auto``, ``reference``, ``aten``, ``cpu``, ``triton``. A backend asked
-            for by name never falls back.
+        backend: None or ``auto``, ``reference``, ``aten``, ``cpu``, ``triton``, ``cuda``. A backend
+            asked for by name never falls back.
 
     Computed in fp32 (fp64 for fp64), also under ``torch.autocast``. A row has the same bits in any
     number of rows. Differentiable once in x and weight; saved are x, weight and one number a row.

@@ -14,7 +14,7 @@ from lora_kernels.errors import InvalidArgumentError
 from lora_kernels.ops import _dispatch, _evidence
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BACKENDS = ("reference", "aten", "cpu", "triton")
+BACKENDS = ("reference", "aten", "cpu", "triton", "cuda")
 OP = "rms_norm"
 
 
@@ -79,6 +79,10 @@ def supports(backend: str, problem: RmsNormProblem) -> tuple[bool, str]:
         from lora_kernels.ops.rms_norm import triton
 
         return triton.supports(problem)
+    if backend == "cuda":
+        from lora_kernels.ops.rms_norm import cuda
+
+        return cuda.supports(problem)
     return False, f"{OP} has no {backend} kernels"
 
 
