@@ -18,6 +18,7 @@ def linear_cross_entropy_rows(
     softcap: float,
     z_loss: float,
 ) -> Tensor: ...
+
 lora_linear_rank_zero: bool
 lora_linear_given: bool
 
