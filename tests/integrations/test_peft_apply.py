@@ -96,7 +96,7 @@ def test_apply_twice_then_unapply_restores_every_class() -> None:
     assert after.count(FusedLoraLinear) == 14 and Embedding in after
     assert lk.apply(model).to_dict() == first.to_dict()
     assert _classes(model) == after
-    assert lk.unapply(model) == 14 + 2  # and two blocks that rotate
+    assert lk.unapply(model) == 14
     assert _classes(model) == before
     assert lk.unapply(model) == 0
 
@@ -128,9 +128,26 @@ def test_layer_state_is_untouched() -> None:
     assert list(model.state_dict()) == keys
 
 
+def test_a_model_that_turns_stock_turns_stock_as_a_whole(monkeypatch) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(target_modules="all-linear"))
+    before = _classes(model)
+    report = lk.apply(model)
+    assert report.fused and report.norms
+    assert sum(a is not b for a, b in zip(_classes(model), before, strict=True)) > len(report.fused)
+    monkeypatch.setenv("LORA_KERNELS_DISABLE", "apply")
+    assert not lk.apply(model).fused
+    assert _classes(model) == before
+
+
 def test_only_forward_and_the_repr_are_overridden() -> None:
     own = {name for name in vars(FusedLoraLinear) if not name.startswith(("__", "_abc"))}
-    assert own == {"forward", "_get_name", "extra_repr"}
+    assert own == {"forward", "_get_name", "extra_repr", "fused_by_lora_kernels"}
     assert FusedLoraLinear.__mro__[1] is Linear
 
 

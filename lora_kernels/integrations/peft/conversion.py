@@ -86,8 +86,8 @@ def unapply(model: nn.Module) -> int:
     """Give every fused layer and block of `model` its class back, and the loss its logits.
 
     Returns:
-        How many layers, blocks and losses changed, norms and MLP blocks not counted; 0 when
-        none was fused.
+        How many layers and losses changed; 0 when none was fused. Norms and blocks are not
+        counted.
 
     Raises:
         InvalidArgumentError: `model` is not a torch.nn.Module.
@@ -96,10 +96,9 @@ def unapply(model: nn.Module) -> int:
     layers = sum(_to_stock(module) for module in model.modules())
     for module in model.modules():
         norm_to_stock(module)
-    for change in mlp_blocks(model):
+    for change in [*mlp_blocks(model), *rotary_blocks(model)]:
         _swap(*change)
-    blocks = sum(_swap(*change) for change in list(rotary_blocks(model)))
-    return layers + blocks + unfuse_loss(model)
+    return layers + unfuse_loss(model)
 
 
 @contextmanager
@@ -165,16 +164,19 @@ def _apply(
             _to_stock(layer)
     entries_of_groups, groups = form_groups(model)
     report.groups.extend(entries_of_groups)
-    if not fused_rope:
-        for change in list(rotary_blocks(model)):
-            _swap(*change)
-    elif layers or entries_of_groups:
+    # A model of which no layer is fused computes what it did before, bit for bit.
+    ours = bool(report.fused) or any(adapter_parameters(m) for m in model.modules())
+    if fused_rope and ours:
         entries_of_rotations, rotations = fuse_rotary(model)
         report.groups.extend(entries_of_rotations)
         changed.extend(block for block, *classes in rotations if _swap(block, *classes))
-    # A model of which no layer is fused computes what it did before, bit for bit.
-    ours = bool(report.fused) or any(adapter_parameters(m) for m in model.modules())
-    if ours or recompute:
+    else:
+        for change in list(rotary_blocks(model)):
+            _swap(*change)
+    if not (ours or recompute):
+        for change in list(mlp_blocks(model)):
+            _swap(*change)
+    else:
         entries_of_mlps, mlps = fuse_activations(model, recompute)
         report.groups.extend(entries_of_mlps)
         changed.extend(block for block, *classes in mlps if _swap(block, *classes))
