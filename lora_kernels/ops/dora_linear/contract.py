@@ -6,12 +6,12 @@ The pair is deliberately not differentiable; autograd.py wraps it.
 from __future__ import annotations
 
 import importlib
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.ops.dora_linear.problem import DoraLinearProblem, choose, inner_backend
 
 _library = torch.library.Library("lora_kernels", "FRAGMENT")
@@ -36,12 +36,6 @@ def _launcher(x: Tensor, weight: Tensor, lora_a: Tensor, dropout_p: float, backe
     return importlib.import_module(f"lora_kernels.ops.dora_linear.{name}")
 
 
-def _no_autocast(device_type: str) -> AbstractContextManager[object]:
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
 def _norm_dtype(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> torch.dtype:
     adapter = torch.promote_types(lora_a.dtype, lora_b.dtype)
     return torch.promote_types(torch.promote_types(weight.dtype, adapter), torch.float32)
@@ -61,7 +55,7 @@ def _fwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     launcher = _launcher(x, weight, lora_a, dropout_p, backend)
-    with _no_autocast(x.device.type):
+    with without_autocast(x.device.type):
         y, p, s, norm = launcher.dora_linear_fwd(
             x, weight, lora_a, lora_b, magnitude, bias, scaling, dropout_p, seed, keep,
             inner_backend(None if backend == "auto" else backend),
@@ -90,7 +84,7 @@ def _bwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     launcher = _launcher(x, weight, lora_a, dropout_p, backend)
-    with _no_autocast(x.device.type):
+    with without_autocast(x.device.type):
         return launcher.dora_linear_bwd(
             dy, x, weight, lora_a, lora_b, magnitude, p, s, norm, scaling, dropout_p, seed,
             need_dx, need_dw, need_da, need_db, need_dm,

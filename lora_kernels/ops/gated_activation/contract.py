@@ -6,11 +6,10 @@ not ask for is empty: s and ds have no columns, dup and dbs no elements.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
+from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.ops.gated_activation.problem import GatedActivationProblem, launcher
 
 _library = torch.library.Library("lora_kernels", "FRAGMENT")
@@ -25,13 +24,6 @@ _library.define(
 )
 
 
-def _no_autocast(device_type: str) -> AbstractContextManager[object]:
-    """The dtypes are settled; an autocast region must not change the products."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
 def _fwd(
     gate: Tensor, up: Tensor | None, kind: str, lora_as: list[Tensor], backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -39,7 +31,7 @@ def _fwd(
         h, s = _fwd_fake(gate, up, kind, lora_as, backend)
         return h, s.zero_()
     module = launcher(GatedActivationProblem.of_fwd(gate, up, kind, lora_as), backend, "fwd")
-    with _no_autocast(gate.device.type):
+    with without_autocast(gate.device.type):
         h, s = module.gated_activation_fwd(gate, up, kind, lora_as)
     return h.contiguous(), s.contiguous()
 
@@ -59,7 +51,7 @@ def _bwd(
         return dgate, dup, ds.zero_(), [d.zero_() for d in dbs]
     problem = GatedActivationProblem.of_bwd(gate, up, kind, lora_bs, s)
     module = launcher(problem, backend, "bwd")
-    with _no_autocast(gate.device.type):
+    with without_autocast(gate.device.type):
         dgate, dup, ds, dbs = module.gated_activation_bwd(dh, gate, up, kind, lora_bs, s, scalings)
     return (
         dgate.contiguous(),

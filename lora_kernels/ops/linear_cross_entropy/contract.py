@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.ops.linear_cross_entropy.problem import LinearCrossEntropyProblem, launcher
 
 _ARGUMENTS = (
@@ -36,7 +37,7 @@ def _fwd(
     if hidden.shape[0] == 0:
         return hidden.new_empty(0, dtype=_loss_dtype(hidden.dtype))
     module = launcher(LinearCrossEntropyProblem.of(hidden, weight, lora_a), backend)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device.type):
         return module.linear_cross_entropy_fwd(
             hidden, weight, labels, lora_a, lora_b, bias, scaling, ignore_index,
             label_smoothing, softcap, z_loss,
@@ -55,7 +56,7 @@ def _grad(
             for t, need in zip(owners, needs, strict=True)
         ]
     module = launcher(LinearCrossEntropyProblem.of(hidden, weight, lora_a), backend)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device.type):
         return module.linear_cross_entropy_grad(
             coefficients, hidden, weight, labels, lora_a, lora_b, bias, scaling, ignore_index,
             label_smoothing, softcap, z_loss, needs,

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import functools
 import importlib
-from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_kernels.ops._autocast import without_autocast
+from lora_kernels.ops._eager import unwatched
 from lora_kernels.ops.lora_linear import validate
 from lora_kernels.ops.lora_linear.problem import LoraLinearProblem, choose_for
 
@@ -40,13 +41,6 @@ _library.define(
     "Tensor? run_time_scalings=None, Tensor? ds=None) "
     "-> (Tensor dx, Tensor[] das, Tensor[] dbs)"
 )
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager[object]:
-    """The caller has settled every dtype; an autocast region must not change the inner GEMMs."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 def _launcher(
@@ -91,7 +85,7 @@ def _fwd(
     if run_time_scalings is not None:
         scalings = run_time_scalings.tolist()
     launcher = _launcher(x, weights, lora_as, dropout_p, backend, "fwd", shrunk is not None)
-    with _no_autocast(x.device.type):
+    with without_autocast(x.device.type):
         ys, s = launcher.lora_linear_fwd(
             x, weights, lora_as, lora_bs, biases, scalings, dropout_p, seed, shrunk
         )
@@ -128,7 +122,7 @@ def _bwd(
     if run_time_scalings is not None:
         scalings = run_time_scalings.tolist()
     launcher = _launcher(x, weights, lora_as, dropout_p, backend, "bwd", ds is not None)
-    with _no_autocast(x.device.type):
+    with without_autocast(x.device.type):
         return launcher.lora_linear_bwd(
             dys, x, weights, lora_as, lora_bs, s, scalings, dropout_p, seed,
             need_dx, need_da, need_db, ds,
@@ -187,22 +181,11 @@ _fwd_op = torch.ops.lora_kernels.lora_linear_fwd.default
 _bwd_op = torch.ops.lora_kernels.lora_linear_bwd.default
 
 
-def _eager(x: Tensor) -> bool:
-    """Nobody watches the dispatcher, whose crossing costs more than a small problem takes."""
-    return (
-        type(x) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
-        and x.device.type in ("cpu", "cuda")
-    )
-
-
 def fwd(x: Tensor, *args: Any) -> tuple[list[Tensor], Tensor]:
     """The registered forward op, called directly where nothing can tell the difference."""
-    return _fwd(x, *args) if _eager(x) else _fwd_op(x, *args)
+    return _fwd(x, *args) if unwatched(x) else _fwd_op(x, *args)
 
 
 def bwd(dys: list[Tensor], x: Tensor, *args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The registered backward op, likewise."""
-    return _bwd(dys, x, *args) if _eager(x) else _bwd_op(dys, x, *args)
+    return _bwd(dys, x, *args) if unwatched(x) else _bwd_op(dys, x, *args)

@@ -6,11 +6,10 @@ of rope, then that of lora_linear, both registered by themselves; autograd.py ca
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
+from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.ops.lora_qkv.problem import (
     LoraQkvProblem,
     backend_module,
@@ -25,13 +24,6 @@ _library.define(
     "Tensor? position_ids, int sequence, int head_dim, int[] rotated, bool interleaved, "
     "str backend) -> (Tensor[] ys, Tensor s)"
 )
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager[object]:
-    """The caller has settled every dtype; an autocast region must not change the inner GEMMs."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 def _fwd(
@@ -53,7 +45,7 @@ def _fwd(
     )  # fmt: skip
     requested = None if backend == "auto" else backend
     name, _ = choose(problem, requested)
-    with _no_autocast(x.device.type):
+    with without_autocast(x.device.type):
         ys, s = backend_module(name).lora_qkv_fwd(
             x, weights, lora_as, lora_bs, biases, scalings, dropout_p, seed, cos, sin,
             position_ids, sequence, head_dim, rotated, interleaved, inner_backend(requested),

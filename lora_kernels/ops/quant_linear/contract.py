@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import functools
 import importlib
-from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_kernels.ops._autocast import without_autocast
+from lora_kernels.ops._eager import unwatched
 from lora_kernels.ops.quant_linear.formats import from_key
 from lora_kernels.ops.quant_linear.problem import QuantLinearProblem, choose
 
@@ -40,13 +41,6 @@ _library.define(
 )
 
 
-def _no_autocast(device_type: str) -> AbstractContextManager[object]:
-    """The caller has settled every dtype; an autocast region must not change the inner GEMMs."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
 @functools.cache
 def _backend_module(name: str) -> ModuleType:
     return importlib.import_module(f"lora_kernels.ops.quant_linear.{name}")
@@ -56,7 +50,7 @@ def _dequantize(parts: list[Tensor], spec: str, dtype: torch.dtype, backend: str
     parsed = from_key(spec)
     device = parts[0].device.type
     name, _ = choose(QuantLinearProblem.of_dequantize(parsed, dtype, device), backend)
-    with _no_autocast(device):
+    with without_autocast(device):
         return _backend_module(name).dequantize(tuple(parts), parsed, dtype)
 
 
@@ -83,7 +77,7 @@ def _fwd(
         scaling = run_time_scaling.item()
     parsed = from_key(spec)
     name, _ = choose(QuantLinearProblem.of(x, parsed, lora_a, dropout_p), backend)
-    with _no_autocast(x.device.type):
+    with without_autocast(x.device.type):
         return _backend_module(name).quant_linear_fwd(
             x, tuple(parts), parsed, bias, lora_a, lora_b, scaling, dropout_p, seed
         )
@@ -133,7 +127,7 @@ def _bwd(
         scaling = run_time_scaling.item()
     parsed = from_key(spec)
     name, _ = choose(QuantLinearProblem.of(dy, parsed, lora_a, dropout_p), backend, "bwd")
-    with _no_autocast(dy.device.type):
+    with without_autocast(dy.device.type):
         return _backend_module(name).quant_linear_bwd(
             dy, x, tuple(parts), parsed, lora_a, lora_b, s, scaling, dropout_p, seed,
             need_dx, need_da, need_db,
@@ -177,28 +171,17 @@ _fwd_op = torch.ops.lora_kernels.quant_linear_fwd.default
 _bwd_op = torch.ops.lora_kernels.quant_linear_bwd.default
 
 
-def _eager(x: Tensor) -> bool:
-    """Nobody watches the dispatcher, whose crossing costs more than a small problem takes."""
-    return (
-        type(x) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
-        and x.device.type in ("cpu", "cuda")
-    )
-
-
 def dequantize(parts: list[Tensor], spec: str, dtype: torch.dtype, backend: str) -> Tensor:
     """The registered op, called directly where nothing can tell the difference."""
-    op = _dequantize if _eager(parts[0]) else _dequantize_op
+    op = _dequantize if unwatched(parts[0]) else _dequantize_op
     return op(parts, spec, dtype, backend)
 
 
 def fwd(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """The registered forward op, likewise."""
-    return _fwd(x, *args) if _eager(x) else _fwd_op(x, *args)
+    return _fwd(x, *args) if unwatched(x) else _fwd_op(x, *args)
 
 
 def bwd(dy: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The registered backward op, likewise."""
-    return _bwd(dy, *args) if _eager(dy) else _bwd_op(dy, *args)
+    return _bwd(dy, *args) if unwatched(dy) else _bwd_op(dy, *args)

@@ -6,11 +6,11 @@ S of all A side by side is [M, 0] without any; dweight is empty where it is not 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
+from lora_kernels.ops._autocast import without_autocast
+from lora_kernels.ops._eager import unwatched
 from lora_kernels.ops.rms_norm.problem import RmsNormProblem, launcher
 
 _library = torch.library.Library("lora_kernels", "FRAGMENT")
@@ -24,20 +24,13 @@ _library.define(
 )
 
 
-def _no_autocast(device_type: str) -> AbstractContextManager[object]:
-    """An autocast region must not change the product for S."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
 def _fwd(
     x: Tensor, weight: Tensor | None, lora_as: list[Tensor], eps: float, offset: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     if x.shape[0] == 0:
         return _fwd_fake(x, weight, lora_as, eps, offset, backend)
     module = launcher(RmsNormProblem.of(x, weight, lora_as), backend, "fwd")
-    with _no_autocast(x.device.type):
+    with without_autocast(x.device.type):
         y, rstd, s = module.rms_norm_fwd(x, weight, lora_as, eps, offset)
     return y.contiguous(), rstd.contiguous(), s.contiguous()
 
@@ -83,22 +76,11 @@ _fwd_op = torch.ops.lora_kernels.rms_norm_fwd.default
 _bwd_op = torch.ops.lora_kernels.rms_norm_bwd.default
 
 
-def _eager(x: Tensor) -> bool:
-    """Nobody watches the dispatcher, whose crossing costs more than a small problem takes."""
-    return (
-        type(x) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
-        and x.device.type in ("cpu", "cuda")
-    )
-
-
 def fwd(
     x: Tensor, weight: Tensor | None, lora_as: list[Tensor], eps: float, offset: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The registered forward op, called directly where nothing can tell the difference."""
-    run = _fwd if _eager(x) else _fwd_op
+    run = _fwd if unwatched(x) else _fwd_op
     return run(x, weight, lora_as, eps, offset, backend)
 
 
@@ -107,5 +89,5 @@ def bwd(
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The registered backward op, likewise."""
-    run = _bwd if _eager(dy) and _eager(x) else _bwd_op
+    run = _bwd if unwatched(dy, x) else _bwd_op
     return run(dy, x, weight, rstd, offset, need_dweight, backend)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_kernels.ops._eager import unwatched
 from lora_kernels.ops.rope import validate
 from lora_kernels.ops.rope.problem import RopeProblem, launcher
 
@@ -64,21 +65,11 @@ _fwd_op = torch.ops.lora_kernels.rope_fwd.default
 _bwd_op = torch.ops.lora_kernels.rope_bwd.default
 
 
-def _eager(heads: list[Tensor]) -> bool:
-    """Nobody watches the dispatcher, whose crossing costs more than a token's rotation."""
-    return (
-        all(type(t) is Tensor and t.device.type in ("cpu", "cuda") for t in heads)
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
-    )
-
-
 def fwd(heads: list[Tensor], *args: Any) -> list[Tensor]:
     """The registered forward op, called directly where nothing can tell the difference."""
-    return _fwd(heads, *args) if _eager(heads) else _fwd_op(heads, *args)
+    return _fwd(heads, *args) if unwatched(*heads) else _fwd_op(heads, *args)
 
 
 def bwd(grads: list[Tensor], *args: Any) -> list[Tensor]:
     """The registered backward op, likewise."""
-    return _bwd(grads, *args) if _eager(grads) else _bwd_op(grads, *args)
+    return _bwd(grads, *args) if unwatched(*grads) else _bwd_op(grads, *args)
