@@ -444,7 +444,7 @@ def _one_partial_lost(right):
 
 
 def _last_row_lost(right):
-    return lambda ds, m, last, rank, RP: right(ds, m, last - 1, rank, RP)
+    return lambda ds, m, last, *rest: right(ds, m, last - 1, *rest)
 
 
 FAULTS = {

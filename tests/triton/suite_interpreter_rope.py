@@ -177,6 +177,6 @@ def test_explain_and_refusals():
     told = lk.explain("rope", backend="triton", B=1, S=4, H=2, D=16)
     assert told["backend"] == "triton"
     assert "interpreter" in told["backends"]["triton"]["reason"]
-    assert lk.explain("rope", B=1, S=4, H=2, D=16)["backend"] == "aten"
+    assert lk.explain("rope", B=1, S=4, H=2, D=16)["backend"] in ("aten", "cpu")
     with pytest.raises(BackendUnavailableError, match="a head of 5000 is too large"):
         lk.explain("rope", backend="triton", B=1, S=4, H=2, D=5000)
