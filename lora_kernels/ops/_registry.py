@@ -39,7 +39,7 @@ OPS: tuple[OpSpec, ...] = (
         choose=gated_activation.choose,
         flops=gated_activation.flops,
         min_bytes=gated_activation.min_bytes,
-        deterministic="bitwise from run to run",
+        deterministic="bitwise from run to run, at a fixed number of threads",
     ),
     OpSpec(
         name="linear_cross_entropy",
