@@ -34,6 +34,23 @@ def load() -> tuple[ModuleType | None, str]:
     return _C, ""
 
 
+def lacking(
+    entry: str, op: str, operand: str, device: str, dtype: torch.dtype | None = None
+) -> str:
+    """Why `op`, whose newest function in the library is `entry`, cannot run on its `operand` of
+    this device and dtype (None: not asked); empty when it can."""
+    if device != "cpu":
+        return f"{operand} is on {device}, the library works on cpu tensors"
+    module, reason = load()
+    if module is None:
+        return reason
+    if not hasattr(module, entry):
+        return f"lora_kernels._C predates {op}; rebuild it"
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        return f"dtype {dtype} is not supported; float32, bfloat16 and float16 are"
+    return ""
+
+
 def broken() -> bool:
     """Built, but not usable: something that should work does not."""
     module, reason = load()

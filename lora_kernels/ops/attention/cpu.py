@@ -17,16 +17,14 @@ LEAST_ROWS = 32  # below, packing the keys costs more than it saves
 
 
 def supports(problem: AttentionProblem) -> tuple[bool, str]:
-    if problem.device != "cpu":
-        return False, f"q is on {problem.device}, the library works on cpu tensors"
-    module, reason = backend.load()
-    if module is None:
-        return False, reason
-    if not hasattr(module, "attention_bwd"):
-        return False, "lora_kernels._C predates attention; rebuild it"
+    why = backend.lacking("attention_bwd", "attention", "q", problem.device)
+    if why:
+        return False, why
     lacking = capabilities.lacking("cpu", problem.features())
     if lacking:
         return False, lacking
+    module, _ = backend.load()
+    assert module is not None
     return True, f"{module.attention_engine(problem.dtype)} kernels"
 
 

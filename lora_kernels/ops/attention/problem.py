@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from lora_kernels.errors import InvalidArgumentError
-from lora_kernels.ops import _dispatch, _evidence
+from lora_kernels.ops import _dispatch, _evidence, _shapes
 from lora_kernels.ops.attention import capabilities
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -52,15 +52,7 @@ class AttentionProblem:
     @classmethod
     def from_shapes(cls, **shapes: object) -> AttentionProblem:
         """From keywords for `lk.explain`: B, S, H, D, where they differ Sk, Hk, Dv; `causal`."""
-        known = {f.name for f in fields(cls)} | {"causal"}
-        unknown = sorted(set(shapes) - known)
-        if unknown:
-            raise InvalidArgumentError(
-                f"unknown argument {unknown[0]!r}; accepted: {', '.join(sorted(known))}"
-            )
-        missing = [n for n in ("B", "S", "H", "D") if n not in shapes]
-        if missing:
-            raise InvalidArgumentError(f"argument {missing[0]!r} is missing; needed: B, S, H, D")
+        _shapes.check_names(cls, shapes, ("B", "S", "H", "D"), ("causal",))
         for name, twin in (("Sk", "S"), ("Hk", "H"), ("Dv", "D")):
             shapes.setdefault(name, shapes[twin])
         if shapes.setdefault("mask", "") not in MASKS:
@@ -70,14 +62,7 @@ class AttentionProblem:
         shapes["softcap"] = shapes.get("softcap") or 0.0
         window: Any = shapes.get("window") or (-1, -1)
         shapes["window"] = (window[0], 0 if shapes.pop("causal", False) else window[1])
-        dtype = shapes.get("dtype", torch.float32)
-        if isinstance(dtype, str):
-            shapes["dtype"] = getattr(torch, dtype.removeprefix("torch."), None)
-        if shapes.get("dtype", torch.float32) not in DTYPES:
-            raise InvalidArgumentError(
-                f"dtype={dtype!r} is not supported; accepted: "
-                + ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-            )
+        _shapes.read_dtype(shapes, DTYPES)
         return cls(**shapes)  # type: ignore[arg-type]
 
     def evidence_key(self) -> _evidence.Key:

@@ -8,14 +8,15 @@ With dropout every layer has an x of its own, and nothing can be shared.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_kernels.errors import InvalidArgumentError
+from lora_kernels.ops._autocast import without_autocast
 from lora_kernels.ops._differentiable_once import differentiable_once
+from lora_kernels.ops._eager import apply_function
 from lora_kernels.ops.dora_linear import api, aten
 from lora_kernels.ops.dora_linear.problem import inner_backend
 
@@ -78,23 +79,9 @@ def grouped_dora_linear(
     rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
     keep = tuple(torch.is_grad_enabled() and m.requires_grad for m in magnitudes)
     call = _Call(tuple(float(s) for s in scalings), keep, inner_backend(None))
-    ys = _apply(rows, call, *weights, *lora_as, *lora_bs, *magnitudes, *biases)
+    ys = apply_function(_Grouped, rows, call, *weights, *lora_as, *lora_bs, *magnitudes, *biases)
     shape = x.shape[:-1]
     return [torch.ops.aten._unsafe_view.default(y, (*shape, y.shape[-1])) for y in ys[:n]]
-
-
-def _apply(*args: Any) -> tuple[Tensor, ...]:
-    """In plain eager mode without the binding of arguments to the signature (100 us a call)."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return _Grouped.apply(*args)
-    if not torch.is_grad_enabled():
-        return _Grouped.forward(*args)
-    return super(torch.autograd.Function, _Grouped).apply(*args)
-
-
-def _no_autocast(device: str) -> Any:
-    """The caller has settled every dtype."""
-    return torch.autocast(device, enabled=False) if device != "meta" else nullcontext()
 
 
 class _Grouped(torch.autograd.Function):
@@ -107,7 +94,7 @@ class _Grouped(torch.autograd.Function):
         weights, lora_as, lora_bs, magnitudes, biases = (
             flat[i * n : (i + 1) * n] for i in range(5)
         )
-        with _no_autocast(x.device.type):
+        with without_autocast(x.device.type):
             ps, s = torch.ops.lora_kernels.lora_linear_fwd(
                 x, [w.to(x.dtype) for w in weights], list(lora_as), list(lora_bs), [None] * n,
                 list(call.scalings), 0.0, None, call.backend,
@@ -145,7 +132,7 @@ class _Grouped(torch.autograd.Function):
         )
         dys = [g.to(x.dtype) for g in grads[:n]]
         dps, dms = [], []
-        with _no_autocast(x.device.type):
+        with without_autocast(x.device.type):
             for g, dy in enumerate(dys):
                 ratio = magnitudes[g].to(norms[g].dtype) / norms[g]
                 dp, total = aten.through_magnitude(dy, ps[g] if need_m[g] else None, ratio)

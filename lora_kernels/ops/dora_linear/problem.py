@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
-from lora_kernels.errors import InvalidArgumentError
-from lora_kernels.ops import _dispatch
+from lora_kernels.ops import _dispatch, _shapes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BACKENDS = ("reference", "aten")
@@ -28,23 +27,8 @@ class DoraLinearProblem:
     @classmethod
     def from_shapes(cls, **shapes: object) -> DoraLinearProblem:
         """From keywords M, K, N, rank, dtype, device, dropout_p: for `lk.explain`."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(shapes) - known)
-        if unknown:
-            raise InvalidArgumentError(
-                f"unknown argument {unknown[0]!r}; accepted: {', '.join(sorted(known))}"
-            )
-        missing = sorted({"M", "K", "N"} - set(shapes))
-        if missing:
-            raise InvalidArgumentError(f"argument {missing[0]!r} is missing; needed: M, K, N")
-        dtype = shapes.get("dtype", torch.float32)
-        if isinstance(dtype, str):
-            shapes["dtype"] = getattr(torch, dtype.removeprefix("torch."), None)
-        if shapes.get("dtype", torch.float32) not in DTYPES:
-            raise InvalidArgumentError(
-                f"dtype={dtype!r} is not supported; accepted: "
-                + ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-            )
+        _shapes.check_names(cls, shapes, ("M", "K", "N"))
+        _shapes.read_dtype(shapes, DTYPES)
         return cls(**shapes)  # type: ignore[arg-type]
 
 

@@ -3,25 +3,20 @@ nothing rounded between, products with adapters while a block of the result is i
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lora_kernels._backends import cpu as backend
 from lora_kernels.ops.gated_activation.problem import GatedActivationProblem
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def supports(problem: GatedActivationProblem) -> tuple[bool, str]:
-    if problem.device != "cpu":
-        return False, f"gate is on {problem.device}, the library works on cpu tensors"
-    module, reason = backend.load()
-    if module is None:
-        return False, reason
-    if not hasattr(module, "gated_activation_bwd"):
-        return False, "lora_kernels._C predates gated_activation; rebuild it"
-    if problem.dtype not in _DTYPES:
-        return False, f"dtype {problem.dtype} is not supported; float32, bfloat16 and float16 are"
+    why = backend.lacking(
+        "gated_activation_bwd", "gated_activation", "gate", problem.device, problem.dtype
+    )
+    if why:
+        return False, why
+    module, _ = backend.load()
+    assert module is not None
     if not hasattr(module, "gated_activation_bwd_products"):
         if problem.kind == "gelu":
             return False, "lora_kernels._C predates kind 'gelu'; rebuild it"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from lora_kernels.errors import InvalidArgumentError
-from lora_kernels.ops import _dispatch, _evidence
+from lora_kernels.ops import _dispatch, _evidence, _shapes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu_squared")
@@ -70,27 +70,12 @@ class GatedActivationProblem:
     @classmethod
     def from_shapes(cls, **shapes: object) -> GatedActivationProblem:
         """From keywords for `lk.explain`: M, N, and where they differ the other fields."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(shapes) - known)
-        if unknown:
-            raise InvalidArgumentError(
-                f"unknown argument {unknown[0]!r}; accepted: {', '.join(sorted(known))}"
-            )
-        missing = [n for n in ("M", "N") if n not in shapes]
-        if missing:
-            raise InvalidArgumentError(f"argument {missing[0]!r} is missing; needed: M, N")
+        _shapes.check_names(cls, shapes, ("M", "N"))
         if shapes.get("kind", "silu") not in KINDS:
             raise InvalidArgumentError(
                 f"kind={shapes['kind']!r} is not supported; accepted: {', '.join(KINDS)}"
             )
-        dtype = shapes.get("dtype", torch.float32)
-        if isinstance(dtype, str):
-            shapes["dtype"] = getattr(torch, dtype.removeprefix("torch."), None)
-        if shapes.get("dtype", torch.float32) not in DTYPES:
-            raise InvalidArgumentError(
-                f"dtype={dtype!r} is not supported; accepted: "
-                + ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-            )
+        _shapes.read_dtype(shapes, DTYPES)
         return cls(**shapes)  # type: ignore[arg-type]
 
 

@@ -3,26 +3,21 @@ which turns a chunk of logits into losses and their gradient in place, without a
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lora_kernels._backends import cpu as backend
 from lora_kernels.ops.linear_cross_entropy import chunks
 from lora_kernels.ops.linear_cross_entropy.problem import LinearCrossEntropyProblem
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def supports(problem: LinearCrossEntropyProblem) -> tuple[bool, str]:
-    if problem.device != "cpu":
-        return False, f"hidden is on {problem.device}, the library works on cpu tensors"
-    module, reason = backend.load()
-    if module is None:
-        return False, reason
-    if not hasattr(module, "linear_cross_entropy_rows"):
-        return False, "lora_kernels._C predates linear_cross_entropy; rebuild it"
-    if problem.dtype not in _DTYPES:
-        return False, f"dtype {problem.dtype} is not supported; float32, bfloat16 and float16 are"
+    why = backend.lacking(
+        "linear_cross_entropy_rows", "linear_cross_entropy", "hidden", problem.device, problem.dtype
+    )
+    if why:
+        return False, why
+    module, _ = backend.load()
+    assert module is not None
     return True, f"{module.linear_cross_entropy_engine(problem.dtype)} kernels"
 
 

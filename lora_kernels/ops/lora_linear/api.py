@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops import _dispatch
+from lora_kernels.ops._eager import apply_function
 from lora_kernels.ops.lora_linear import autograd, contract, validate
 
 
@@ -123,7 +124,8 @@ def grouped_lora_linear(
                 float(dropout_p), seed, name, run_time_scalings, shrunk,
             )  # fmt: skip
             return [_unflatten(y, x) for y in ys]
-    outputs = autograd.apply(
+    outputs = apply_function(
+        autograd.LoraLinearFunction,
         rows,
         seed,
         tuple(scalings),

@@ -79,14 +79,3 @@ class LoraLinearFunction(torch.autograd.Function):
             *(d if need else None for d, need in zip(dbs or none, need_b, strict=True)),
             *dbiases,
         )  # fmt: skip
-
-
-def apply(*args: Any) -> tuple[Tensor, ...]:
-    """``LoraLinearFunction.apply``. In plain eager mode without the binding of arguments to the
-    signature, which torch does at each call for functorch and which costs more than a small
-    problem takes."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return LoraLinearFunction.apply(*args)
-    if not torch.is_grad_enabled():
-        return LoraLinearFunction.forward(*args)
-    return super(torch.autograd.Function, LoraLinearFunction).apply(*args)

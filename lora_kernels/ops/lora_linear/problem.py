@@ -6,15 +6,14 @@ import functools
 import importlib
 import importlib.util
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from lora_kernels._backends import cpu as cpu_library
-from lora_kernels.errors import InvalidArgumentError
-from lora_kernels.ops import _dispatch, _evidence, _ledger
+from lora_kernels.ops import _dispatch, _evidence, _ledger, _shapes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BACKENDS = ("reference", "aten", "cpu", "triton", "cuda")
@@ -61,30 +60,14 @@ class LoraLinearProblem:
     @classmethod
     def from_shapes(cls, **shapes: object) -> LoraLinearProblem:
         """From keywords M, K, N, rank (int or tuple), dtype, device, ...: for `lk.explain`."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(shapes) - known)
-        if unknown:
-            raise InvalidArgumentError(
-                f"unknown argument {unknown[0]!r}; accepted: {', '.join(sorted(known))}"
-            )
-        missing = sorted({"M", "K", "N"} - set(shapes))
-        if missing:
-            raise InvalidArgumentError(f"argument {missing[0]!r} is missing; needed: M, K, N")
+        _shapes.check_names(cls, shapes, ("M", "K", "N"))
         n = shapes["N"]
         shapes["N"] = n if isinstance(n, tuple) else (n,)
         rank = shapes.get("rank", 16)
         shapes["rank"] = rank if isinstance(rank, tuple) else (rank,) * len(shapes["N"])  # type: ignore[arg-type]
         for key in ("dtype", "weight_dtype", "adapter_dtype"):
-            value = shapes.get(key)
-            if key == "adapter_dtype" and value is None:
-                continue
-            if isinstance(value, str):
-                shapes[key] = getattr(torch, value.removeprefix("torch."), None)
-            if key in shapes and shapes[key] not in DTYPES:
-                raise InvalidArgumentError(
-                    f"{key}={value!r} is not supported; accepted: "
-                    + ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-                )
+            if key != "adapter_dtype" or shapes.get(key) is not None:
+                _shapes.read_dtype(shapes, DTYPES, key)
         shapes.setdefault("weight_dtype", shapes.get("dtype", torch.float32))
         return cls(**shapes)  # type: ignore[arg-type]
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 
-from lora_kernels.errors import InvalidArgumentError
-from lora_kernels.ops import _dispatch, _evidence
+from lora_kernels.ops import _dispatch, _evidence, _shapes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BACKENDS = ("reference", "aten", "triton")
@@ -39,25 +38,10 @@ class LoraQkvProblem:
     @classmethod
     def from_shapes(cls, **shapes: object) -> LoraQkvProblem:
         """From keywords for `lk.explain`: M, K, H, D, and where they differ Hk and R."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(shapes) - known)
-        if unknown:
-            raise InvalidArgumentError(
-                f"unknown argument {unknown[0]!r}; accepted: {', '.join(sorted(known))}"
-            )
-        missing = [n for n in ("M", "K", "H", "D") if n not in shapes]
-        if missing:
-            raise InvalidArgumentError(f"argument {missing[0]!r} is missing; needed: M, K, H, D")
+        _shapes.check_names(cls, shapes, ("M", "K", "H", "D"))
         shapes.setdefault("Hk", shapes["H"])
         shapes.setdefault("R", shapes["D"])
-        dtype = shapes.get("dtype", torch.float32)
-        if isinstance(dtype, str):
-            shapes["dtype"] = getattr(torch, dtype.removeprefix("torch."), None)
-        if shapes.get("dtype", torch.float32) not in DTYPES:
-            raise InvalidArgumentError(
-                f"dtype={dtype!r} is not supported; accepted: "
-                + ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-            )
+        _shapes.read_dtype(shapes, DTYPES)
         return cls(**shapes)  # type: ignore[arg-type]
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops import _dispatch
+from lora_kernels.ops._eager import apply_function
 from lora_kernels.ops.quant_linear import autograd, contract, cpu, encode, validate
 from lora_kernels.ops.quant_linear.formats import QuantSpec
 from lora_kernels.ops.quant_linear.problem import QuantLinearProblem, choose
@@ -177,8 +178,19 @@ def _linear(
                 name, run_time,
             )  # fmt: skip
             return _unflatten(y, x)
-    y, _ = autograd.apply(
-        rows, bias, lora_a, lora_b, spec, scaling, float(dropout_p), drawn, name, run_time, *parts
+    y, _ = apply_function(
+        autograd.QuantLinearFunction,
+        rows,
+        bias,
+        lora_a,
+        lora_b,
+        spec,
+        scaling,
+        float(dropout_p),
+        drawn,
+        name,
+        run_time,
+        *parts,
     )
     return _unflatten(y, x)
 

@@ -73,10 +73,3 @@ class QuantLinearFunction(torch.autograd.Function):
             db if need_b else None,
             *[None] * (6 + len(parts)),
         )
-
-
-def apply(*args: Any) -> tuple[Tensor, Tensor]:
-    """``QuantLinearFunction.apply``; nothing is recorded where no gradient can flow."""
-    if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
-        return QuantLinearFunction.forward(*args)
-    return QuantLinearFunction.apply(*args)

@@ -17,6 +17,7 @@ from torch import Tensor
 from lora_kernels.errors import InvalidArgumentError
 from lora_kernels.ops import _dispatch
 from lora_kernels.ops._differentiable_once import differentiable_once
+from lora_kernels.ops._eager import apply_function
 from lora_kernels.ops.quant_linear import contract, validate
 from lora_kernels.ops.quant_linear.quant_tensor import QuantTensor
 
@@ -93,18 +94,9 @@ def grouped_quant_lora_linear(
     )  # fmt: skip
     rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
     parts = [part for q in qs for part in q.parts]
-    ys = _apply(rows, call, *biases, *lora_as, *lora_bs, *seeds, *parts)
+    ys = apply_function(_Grouped, rows, call, *biases, *lora_as, *lora_bs, *seeds, *parts)
     shape = x.shape[:-1]
     return [torch.ops.aten._unsafe_view.default(y, (*shape, y.shape[-1])) for y in ys[:n]]
-
-
-def _apply(*args: Any) -> tuple[Tensor, ...]:
-    """In plain eager mode without the binding of arguments to the signature (100 us a call)."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return _Grouped.apply(*args)
-    if not torch.is_grad_enabled():
-        return _Grouped.forward(*args)
-    return super(torch.autograd.Function, _Grouped).apply(*args)
 
 
 class _Grouped(torch.autograd.Function):

@@ -6,7 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_kernels._backends import cpu as cpu_library
 from lora_kernels.errors import InvalidArgumentError
-from lora_kernels.ops import _dispatch, _evidence
+from lora_kernels.ops import _dispatch, _evidence, _shapes
 from lora_kernels.ops.quant_linear import formats
 from lora_kernels.ops.quant_linear.formats import FLOATS, QuantSpec, parts_of
 
@@ -75,29 +75,13 @@ class QuantLinearProblem:
     @classmethod
     def from_shapes(cls, **shapes: object) -> QuantLinearProblem:
         """From keywords M, K, N, rank, format (a name of :data:`FORMAT_NAMES`), ..."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(shapes) - known)
-        if unknown:
-            raise InvalidArgumentError(
-                f"unknown argument {unknown[0]!r}; accepted: {', '.join(sorted(known))}"
-            )
-        missing = sorted({"M", "K", "N"} - set(shapes))
-        if missing:
-            raise InvalidArgumentError(f"argument {missing[0]!r} is missing; needed: M, K, N")
+        _shapes.check_names(cls, shapes, ("M", "K", "N"))
         name = shapes.get("format", "nf4")
         if "layout" not in shapes:
             if name not in FORMAT_NAMES:
                 raise InvalidArgumentError(f"format={name!r}; accepted: {', '.join(FORMAT_NAMES)}")
             shapes["format"], shapes["layout"] = FORMAT_NAMES[str(name)]
-        dtype = shapes.get("dtype", torch.float32)
-        if isinstance(dtype, str):
-            dtype = getattr(torch, dtype.removeprefix("torch."), None)
-        if dtype not in FLOATS:
-            raise InvalidArgumentError(
-                f"dtype={shapes['dtype']!r} is not supported; accepted: "
-                + ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
-            )
-        shapes["dtype"] = dtype
+        _shapes.read_dtype(shapes, FLOATS)
         return cls(**shapes)  # type: ignore[arg-type]
 
     def evidence_key(self) -> _evidence.Key:

@@ -3,25 +3,16 @@ until it is written."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lora_kernels._backends import cpu as backend
 from lora_kernels.ops.rms_norm.problem import RmsNormProblem
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def supports(problem: RmsNormProblem) -> tuple[bool, str]:
-    if problem.device != "cpu":
-        return False, f"x is on {problem.device}, the library works on cpu tensors"
-    module, reason = backend.load()
-    if module is None:
-        return False, reason
-    if not hasattr(module, "rms_norm_bwd"):
-        return False, "lora_kernels._C predates rms_norm; rebuild it"
-    if problem.dtype not in _DTYPES:
-        return False, f"dtype {problem.dtype} is not supported; float32, bfloat16 and float16 are"
+    why = backend.lacking("rms_norm_bwd", "rms_norm", "x", problem.device, problem.dtype)
+    if why:
+        return False, why
     return True, "one pass over the rows"
 
 

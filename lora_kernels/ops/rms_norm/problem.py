@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from lora_kernels.errors import InvalidArgumentError
-from lora_kernels.ops import _dispatch, _evidence
+from lora_kernels.ops import _dispatch, _evidence, _shapes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BACKENDS = ("reference", "aten", "cpu", "triton", "cuda")
@@ -40,28 +39,12 @@ class RmsNormProblem:
     def from_shapes(cls, **shapes: object) -> RmsNormProblem:
         """From keywords for `lk.explain`: M, K, and where they differ the other fields; the weight
         has the dtype of x unless weight_dtype says otherwise."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(shapes) - known)
-        if unknown:
-            raise InvalidArgumentError(
-                f"unknown argument {unknown[0]!r}; accepted: {', '.join(sorted(known))}"
-            )
-        missing = [n for n in ("M", "K") if n not in shapes]
-        if missing:
-            raise InvalidArgumentError(f"argument {missing[0]!r} is missing; needed: M, K")
+        _shapes.check_names(cls, shapes, ("M", "K"))
         shapes.setdefault("dtype", torch.float32)
         shapes.setdefault("weight_dtype", shapes["dtype"])
-        for name in ("dtype", "weight_dtype"):
-            given = shapes[name]
-            if given is None and name == "weight_dtype":
-                continue
-            if isinstance(given, str):
-                shapes[name] = getattr(torch, given.removeprefix("torch."), None)
-            if shapes[name] not in DTYPES:
-                raise InvalidArgumentError(
-                    f"{name}={given!r} is not supported; accepted: "
-                    + ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-                )
+        _shapes.read_dtype(shapes, DTYPES)
+        if shapes["weight_dtype"] is not None:
+            _shapes.read_dtype(shapes, DTYPES, "weight_dtype")
         return cls(**shapes)  # type: ignore[arg-type]
 
 

@@ -6,25 +6,16 @@ parts of a fused projection; nothing is copied then.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lora_kernels._backends import cpu as backend
 from lora_kernels.ops.rope.problem import RopeProblem
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def supports(problem: RopeProblem) -> tuple[bool, str]:
-    if problem.device != "cpu":
-        return False, f"q is on {problem.device}, the library works on cpu tensors"
-    module, reason = backend.load()
-    if module is None:
-        return False, reason
-    if not hasattr(module, "rope_rotate"):
-        return False, "lora_kernels._C predates rope; rebuild it"
-    if problem.dtype not in _DTYPES:
-        return False, f"dtype {problem.dtype} is not supported; float32, bfloat16 and float16 are"
+    why = backend.lacking("rope_rotate", "rope", "q", problem.device, problem.dtype)
+    if why:
+        return False, why
     return True, "one pass over the heads"
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 
 from lora_kernels._backends import cpu as cpu_library
-from lora_kernels.errors import InvalidArgumentError
-from lora_kernels.ops import _dispatch, _evidence
+from lora_kernels.ops import _dispatch, _evidence, _shapes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BACKENDS = ("reference", "aten", "cpu", "triton")
@@ -40,25 +39,10 @@ class RopeProblem:
     @classmethod
     def from_shapes(cls, **shapes: object) -> RopeProblem:
         """From keywords for `lk.explain`: B, S, H, D, and where they differ Hk and R."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(shapes) - known)
-        if unknown:
-            raise InvalidArgumentError(
-                f"unknown argument {unknown[0]!r}; accepted: {', '.join(sorted(known))}"
-            )
-        missing = [n for n in ("B", "S", "H", "D") if n not in shapes]
-        if missing:
-            raise InvalidArgumentError(f"argument {missing[0]!r} is missing; needed: B, S, H, D")
+        _shapes.check_names(cls, shapes, ("B", "S", "H", "D"))
         shapes.setdefault("Hk", shapes["H"])
         shapes.setdefault("R", shapes["D"])
-        dtype = shapes.get("dtype", torch.float32)
-        if isinstance(dtype, str):
-            shapes["dtype"] = getattr(torch, dtype.removeprefix("torch."), None)
-        if shapes.get("dtype", torch.float32) not in DTYPES:
-            raise InvalidArgumentError(
-                f"dtype={dtype!r} is not supported; accepted: "
-                + ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-            )
+        _shapes.read_dtype(shapes, DTYPES)
         return cls(**shapes)  # type: ignore[arg-type]
 
 
