@@ -5,7 +5,6 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "../cpu/isa.h"
@@ -20,14 +19,8 @@ constexpr int64_t kPassBytes = 5 << 18;  // of a backward pass over keys: what L
 constexpr int64_t kLeastRows = 128;      // of a chunk: below, packing the keys again costs too much
 
 const Engine& engine_for(at::ScalarType type) {
-  using cpu::Isa;
-  const Dtype dtype = dtype_of(type);
-  const Isa isa = cpu::active_isa();
-  const Engine* engine = nullptr;
-  if (isa >= Isa::kAmx) engine = engine_amx(dtype);
-  if (engine == nullptr && isa >= Isa::kAvx512) engine = engine_avx512(dtype);
-  if (engine == nullptr && isa >= Isa::kAvx2) engine = engine_avx2(dtype);
-  return engine == nullptr ? *engine_baseline(dtype) : *engine;
+  return *cpu::for_active_isa(engine_amx, engine_avx512, engine_avx2, engine_baseline,
+                              dtype_of(type));
 }
 
 at::Tensor new_row_values(const at::Tensor& q) {
@@ -92,9 +85,9 @@ struct Arguments {
     p.groups = k.size(-2);
     p.d = q.size(-1);
     p.dv = v.size(-1);
-    p.q = rows_of(hold(readable(q)));
-    p.k = rows_of(hold(readable(k)));
-    p.v = rows_of(hold(readable(v)));
+    p.q = rows_of(hold(unit_columns(q)));
+    p.k = rows_of(hold(unit_columns(k)));
+    p.v = rows_of(hold(unit_columns(v)));
     p.scale = static_cast<float>(scale);
     p.softcap = static_cast<float>(softcap);
     const int64_t reach = most_rows + most_keys;  // farther than any key
@@ -106,16 +99,8 @@ struct Arguments {
       p.slopes_batch = t.size(0) == 1 ? 0 : t.size(1);
     }
     if (mask) p.mask = mask_of(hold(mask->scalar_type() == at::kDouble ? mask->to(at::kFloat) : *mask));
-    p.keep_scale = 1.0f;
-    if (dropout_p != 0.0 && seed) {
-      DropoutParams& d = p.dropout;
-      d.threshold = static_cast<uint32_t>(std::nearbyint(dropout_p * 65536.0));
-      const uint64_t value = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
-      d.key[0] = static_cast<uint32_t>(value);
-      d.key[1] = static_cast<uint32_t>(value >> 32);
-      p.keep_scale =
-          d.threshold >= 65536 ? 0.0f : 65536.0f / static_cast<float>(65536 - d.threshold);
-    }
+    p.dropout = dropout_params(dropout_p, seed);
+    p.keep_scale = keep_scale(p.dropout);
   }
 };
 
@@ -166,8 +151,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention
   BwdParams p{};
   a.fill(p, q, k, v, mask, cu_seqlens, cu_seqlens_k, slopes, seed, scale, left, right, softcap,
          dropout_p);
-  p.out = rows_of(a.hold(readable(out)));
-  p.dout = rows_of(a.hold(readable(dout)));
+  p.out = rows_of(a.hold(unit_columns(out)));
+  p.dout = rows_of(a.hold(unit_columns(dout)));
   p.lse = row_values(a.hold(lse.contiguous()));
   if (dlse) p.dlse = row_values(a.hold(dlse->to(at::kFloat).contiguous()));
   const auto gradient = [&](bool need, const at::Tensor& of) {

@@ -8,6 +8,6 @@
 namespace lora_kernels::attention {
 
 const Engine* engine_avx2(Dtype dtype) { return fma_engine("avx2", dtype); }
-const DecodeEngine& decode_avx2(Dtype dtype) { return decode_engine(dtype); }
+const DecodeEngine* decode_avx2(Dtype dtype) { return decode_engine(dtype); }
 
 }  // namespace lora_kernels::attention

@@ -8,6 +8,6 @@
 namespace lora_kernels::attention {
 
 const Engine* engine_baseline(Dtype dtype) { return fma_engine("baseline", dtype); }
-const DecodeEngine& decode_baseline(Dtype dtype) { return decode_engine(dtype); }
+const DecodeEngine* decode_baseline(Dtype dtype) { return decode_engine(dtype); }
 
 }  // namespace lora_kernels::attention

@@ -16,10 +16,7 @@ namespace {
 constexpr int64_t kChunkKeys = 128;  // enough to hide a task, few enough to keep all threads busy
 
 const DecodeEngine& decode_engine_for(at::ScalarType type) {
-  const cpu::Isa isa = cpu::active_isa();
-  const Dtype dtype = dtype_of(type);
-  if (isa >= cpu::Isa::kAvx512) return decode_avx512(dtype);
-  return isa >= cpu::Isa::kAvx2 ? decode_avx2(dtype) : decode_baseline(dtype);
+  return *cpu::for_active_isa(nullptr, decode_avx512, decode_avx2, decode_baseline, dtype_of(type));
 }
 
 at::Tensor as_long(const at::Tensor& t) { return t.to(at::kLong).contiguous(); }
@@ -67,7 +64,8 @@ void run_decode(DecodeParams& p, at::ScalarType dtype, int64_t num_splits) {
   p.partial = partial.mutable_data_ptr<float>();
 
   const int64_t bytes = e.workspace(p);
-  run_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t t) { e.chunk(p, t, cpu::thread_workspace(bytes)); });
+  run_tasks(static_cast<int64_t>(tasks.size()),
+            [&](int64_t t) { e.chunk(p, t, cpu::thread_workspace(bytes)); });
   run_tasks(p.batch * p.groups, [&](int64_t n) {
     e.finish(p, n / p.groups, n % p.groups, first[n], first[n + 1] - first[n]);
   });
@@ -80,7 +78,8 @@ std::tuple<at::Tensor, at::Tensor> attention_decode(
     const at::Tensor& cache_seqlens, const Maybe& block_table, const Maybe& sinks,
     const Maybe& slopes, double scale, int64_t left, int64_t right, double softcap,
     int64_t num_splits) {
-  const at::Tensor rows = readable(q), keys = readable(k_cache), values = readable(v_cache);
+  const at::Tensor rows = unit_columns(q), keys = unit_columns(k_cache),
+                   values = unit_columns(v_cache);
   const at::Tensor lengths = as_long(cache_seqlens);
   const int64_t batch = q.size(0), count = q.size(1), heads = q.size(2), dv = v_cache.size(3);
   at::Tensor out = at::empty({batch, count, heads, dv}, q.options());

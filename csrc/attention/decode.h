@@ -46,8 +46,8 @@ struct DecodeEngine {
   void (*finish)(const DecodeParams&, int64_t b, int64_t group, int64_t slot, int64_t count);
 };
 
-const DecodeEngine& decode_avx512(Dtype);
-const DecodeEngine& decode_avx2(Dtype);
-const DecodeEngine& decode_baseline(Dtype);
+const DecodeEngine* decode_avx512(Dtype);
+const DecodeEngine* decode_avx2(Dtype);
+const DecodeEngine* decode_baseline(Dtype);
 
 }  // namespace lora_kernels::attention

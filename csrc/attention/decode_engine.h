@@ -402,10 +402,10 @@ constexpr DecodeEngine decode_engine() {
   return {decode_padded, decode_workspace, decode_chunk<T>, decode_finish<T>};
 }
 
-const DecodeEngine& decode_engine(Dtype dtype) {
+const DecodeEngine* decode_engine(Dtype dtype) {
   static const DecodeEngine engines[] = {decode_engine<float>(), decode_engine<bf16>(),
                                          decode_engine<fp16>()};
-  return engines[static_cast<int>(dtype)];
+  return &engines[static_cast<int>(dtype)];
 }
 
 }  // namespace

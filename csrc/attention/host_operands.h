@@ -7,27 +7,12 @@
 #include <algorithm>
 #include <atomic>
 
+#include "../common/tensor_operands.h"
 #include "attention.h"
 
 namespace lora_kernels::attention {
 
-inline Dtype dtype_of(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return Dtype::kFloat32;
-    case at::kBFloat16:
-      return Dtype::kBFloat16;
-    case at::kHalf:
-      return Dtype::kFloat16;
-    default:
-      TORCH_CHECK(false, "attention (cpu): dtype ", type,
-                  " is not supported; accepted: float32, bfloat16, float16");
-  }
-}
-
-inline at::Tensor readable(const at::Tensor& t) {
-  return t.size(-1) == 1 || t.stride(-1) == 1 ? t : t.contiguous();
-}
+inline Dtype dtype_of(at::ScalarType type) { return lora_kernels::dtype_of(type, "attention"); }
 
 inline Rows rows_of(const at::Tensor& t) {
   void* data = const_cast<void*>(t.const_data_ptr());

@@ -5,6 +5,7 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 
+#include "../common/tensor_operands.h"
 #include "../cpu/isa.h"
 #include "gated_activation.h"
 
@@ -14,17 +15,7 @@ namespace {
 using Maybe = std::optional<at::Tensor>;
 
 Dtype dtype_of(const at::Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return Dtype::kFloat32;
-    case at::kBFloat16:
-      return Dtype::kBFloat16;
-    case at::kHalf:
-      return Dtype::kFloat16;
-    default:
-      TORCH_CHECK(false, "gated_activation (cpu): dtype ", t.scalar_type(),
-                  " is not supported; accepted: float32, bfloat16, float16");
-  }
+  return lora_kernels::dtype_of(t.scalar_type(), "gated_activation");
 }
 
 Kind kind_of(const std::string& name) {
@@ -40,7 +31,7 @@ Kind kind_of(const std::string& name) {
 at::Tensor readable(const at::Tensor& t, const at::Tensor& like) {
   TORCH_CHECK(t.dim() == 2 && t.sizes() == like.sizes() && t.scalar_type() == like.scalar_type(),
               "gated_activation (cpu): operands must be 2-D, of one shape and dtype");
-  return t.size(1) == 1 || t.stride(1) == 1 ? t : t.contiguous();
+  return unit_columns(t);
 }
 
 // Operands and results of one call; the tensors outlive the pointers in `params`.
@@ -73,15 +64,8 @@ struct Call {
   }
 
   void run(Kind kind) const {
-    using cpu::Isa;
-    const Isa isa = cpu::active_isa();
-    const Dtype dtype = dtype_of(gate);
-    RowsKernel kernel = isa >= Isa::kAmx ? rows_amx(dtype, kind) : nullptr;
-    if (kernel == nullptr) {
-      kernel = isa >= Isa::kAvx512 ? rows_avx512(dtype, kind)
-               : isa >= Isa::kAvx2 ? rows_avx2(dtype, kind)
-                                   : rows_baseline(dtype, kind);
-    }
+    const RowsKernel kernel = cpu::for_active_isa(rows_amx, rows_avx512, rows_avx2, rows_baseline,
+                                                  dtype_of(gate), kind);
     const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, params.columns));
     at::parallel_for(0, gate.size(0), grain,
                      [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
@@ -89,15 +73,7 @@ struct Call {
 };
 
 const Blocks& blocks_for(Dtype dtype, Kind kind) {
-  using cpu::Isa;
-  const Isa isa = cpu::active_isa();
-  const Blocks* blocks = isa >= Isa::kAmx ? blocks_amx(dtype, kind) : nullptr;
-  if (blocks == nullptr) {
-    blocks = isa >= Isa::kAvx512 ? blocks_avx512(dtype, kind)
-             : isa >= Isa::kAvx2 ? blocks_avx2(dtype, kind)
-                                 : blocks_baseline(dtype, kind);
-  }
-  return *blocks;
+  return *cpu::for_active_isa(blocks_amx, blocks_avx512, blocks_avx2, blocks_baseline, dtype, kind);
 }
 
 // operands[m] is [columns, rank], S is [rows, sum of ranks] or nothing. (S or dS, dBs in fp32.)

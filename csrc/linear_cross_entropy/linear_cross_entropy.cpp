@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
+#include "../common/tensor_operands.h"
 #include "../cpu/isa.h"
 #include "linear_cross_entropy.h"
 
@@ -11,17 +12,7 @@ namespace lora_kernels::linear_cross_entropy {
 namespace {
 
 Dtype dtype_of(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return Dtype::kFloat32;
-    case at::kBFloat16:
-      return Dtype::kBFloat16;
-    case at::kHalf:
-      return Dtype::kFloat16;
-    default:
-      TORCH_CHECK(false, "linear_cross_entropy (cpu): dtype ", type,
-                  " is not supported; accepted: float32, bfloat16, float16");
-  }
+  return lora_kernels::dtype_of(type, "linear_cross_entropy");
 }
 
 }  // namespace
@@ -36,7 +27,6 @@ std::string engine_name(at::ScalarType dtype) {
 at::Tensor losses_of_rows(at::Tensor logits, const at::Tensor& labels,
                           const std::optional<at::Tensor>& coefficients, int64_t ignore_index,
                           double smoothing, double softcap, double z_loss) {
-  using cpu::Isa;
   TORCH_CHECK(logits.dim() == 2 && logits.stride(1) == 1 && logits.is_cpu(),
               "linear_cross_entropy (cpu): logits must be [m, V] with contiguous rows");
   const int64_t m = logits.size(0), v = logits.size(1);
@@ -63,11 +53,8 @@ at::Tensor losses_of_rows(at::Tensor logits, const at::Tensor& labels,
   p.smoothing = static_cast<float>(smoothing);
   p.softcap = static_cast<float>(softcap);
   p.z_loss = static_cast<float>(z_loss);
-  const Dtype dtype = dtype_of(logits.scalar_type());
-  const Isa isa = cpu::active_isa();
-  const RowsKernel kernel = isa >= Isa::kAvx512 ? rows_avx512(dtype)
-                            : isa >= Isa::kAvx2 ? rows_avx2(dtype)
-                                                : rows_baseline(dtype);
+  const RowsKernel kernel = cpu::for_active_isa(nullptr, rows_avx512, rows_avx2, rows_baseline,
+                                                dtype_of(logits.scalar_type()));
   at::parallel_for(0, m, 8, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   return losses;
 }

@@ -6,8 +6,7 @@
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
 
-#include <cmath>
-
+#include "../common/tensor_operands.h"
 #include "../cpu/isa.h"
 #include "../cpu/memory.h"
 #include "lora_linear.h"
@@ -16,38 +15,12 @@ namespace lora_kernels::lora_linear {
 namespace {
 
 Dtype dtype_of(const at::Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return Dtype::kFloat32;
-    case at::kBFloat16:
-      return Dtype::kBFloat16;
-    case at::kHalf:
-      return Dtype::kFloat16;
-    default:
-      TORCH_CHECK(false, "lora_linear (cpu): dtype ", t.scalar_type(),
-                  " is not supported; accepted: float32, bfloat16, float16");
-  }
+  return lora_kernels::dtype_of(t.scalar_type(), "lora_linear");
 }
 
 const Engine& engine_for(Dtype dtype) {
-  using cpu::Isa;
-  const Isa isa = cpu::active_isa();
-  const Engine* engine = nullptr;
-  if (isa >= Isa::kAmx) engine = engine_amx(dtype);
-  if (engine == nullptr && isa >= Isa::kAvx512) engine = engine_avx512(dtype);
-  if (engine == nullptr && isa >= Isa::kAvx2) engine = engine_avx2(dtype);
-  return engine == nullptr ? *engine_baseline(dtype) : *engine;
+  return *cpu::for_active_isa(engine_amx, engine_avx512, engine_avx2, engine_baseline, dtype);
 }
-
-// Rows with unit column stride; the element type is `dtype` or fp32.
-at::Tensor readable(const at::Tensor& t, at::ScalarType dtype) {
-  at::Tensor r = t;
-  if (r.scalar_type() != dtype && r.scalar_type() != at::kFloat) r = r.to(at::kFloat);
-  const bool rows = r.dim() != 2 || (r.stride(1) == 1 && r.stride(0) >= r.size(1));
-  return rows && (r.dim() != 1 || r.stride(0) == 1) ? r : r.contiguous();
-}
-
-int64_t row_stride(const at::Tensor& t) { return t.size(0) > 1 ? t.stride(0) : t.size(1); }
 
 // Splits rows first; columns too where there are fewer strips of rows than threads. Every column
 // share repeats the packing and the shrink of its rows, which the cost counts.
@@ -67,13 +40,6 @@ Grid choose_grid(const Engine& e, int64_t m, int64_t k, int64_t n, int64_t rank)
     }
   }
   return best;
-}
-
-template <class Body>
-void run_threads(int threads, const Body& body) {
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) body(static_cast<int>(t));
-  });
 }
 
 struct Operand {
@@ -104,45 +70,10 @@ std::shared_ptr<void> pack_all(const Engine& e, std::vector<Operand>& operands, 
   return block;
 }
 
-DropoutParams dropout_params(double dropout_p, const std::optional<at::Tensor>& seed) {
-  DropoutParams d;
-  if (dropout_p == 0.0 || !seed.has_value()) return d;
-  d.threshold = static_cast<uint32_t>(std::nearbyint(dropout_p * 65536.0));
-  const uint64_t value = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
-  d.key[0] = static_cast<uint32_t>(value);
-  d.key[1] = static_cast<uint32_t>(value >> 32);
-  return d;
-}
-
-float keep_scale(const DropoutParams& d) {
-  return d.threshold >= 65536 ? 0.0f : 65536.0f / static_cast<float>(65536 - d.threshold);
-}
-
 void check_packed(const Engine& e, const at::Tensor& packed, int64_t k, int64_t n) {
   TORCH_CHECK(packed.nbytes() == static_cast<size_t>(packed_b_bytes(e, k, n)),
               "lora_linear (cpu): packed weight has ", packed.nbytes(), " bytes; engine ", e.name,
               " needs ", packed_b_bytes(e, k, n), " for [", n, ", ", k, "]");
-}
-
-// Adds the threads' partials in order: [parts, rank_padded, columns_padded] -> [rank, columns],
-// or its transpose.
-at::Tensor reduce_partials(const at::Tensor& partials, int64_t rank, int64_t columns, float factor,
-                           bool transpose, at::ScalarType dtype) {
-  const int64_t parts = partials.size(0), ld = partials.size(2), block = partials.stride(0);
-  const float* in = partials.const_data_ptr<float>();
-  at::Tensor out = at::empty(transpose ? at::IntArrayRef{columns, rank}
-                                       : at::IntArrayRef{rank, columns}, at::kFloat);
-  float* result = out.mutable_data_ptr<float>();
-  at::parallel_for(0, columns, 512, [&](int64_t begin, int64_t end) {
-    for (int64_t i = 0; i < rank; ++i) {
-      for (int64_t j = begin; j < end; ++j) {
-        float sum = 0.0f;
-        for (int64_t p = 0; p < parts; ++p) sum += in[p * block + i * ld + j];
-        result[transpose ? j * rank + i : i * columns + j] = sum * factor;
-      }
-    }
-  });
-  return dtype == at::kFloat ? out : out.to(dtype);
 }
 
 // S or dS of the caller as the engines read it.
@@ -153,7 +84,7 @@ at::Tensor given(const at::Tensor& t, const char* name, at::ScalarType dtype, in
               dtype, " [", m, ", ", ranks, "]");
   TORCH_CHECK(dropout_p == 0.0, "lora_linear (cpu): ", name,
               " is given with dropout; accepted: dropout_p=0");
-  return readable(t, dtype);
+  return rows_in(t, dtype);
 }
 
 }  // namespace
@@ -170,7 +101,7 @@ at::Tensor pack_weight(const at::Tensor& weight, at::ScalarType dtype, bool for_
   TORCH_CHECK(weight.dim() == 2 && weight.device().is_cpu(),
               "pack_weight: weight must be a 2-D CPU tensor");
   const Engine& e = engine_for(dtype_of(at::empty({0}, dtype)));
-  const at::Tensor source = readable(weight, dtype);
+  const at::Tensor source = rows_in(weight, dtype);
   const int64_t k = weight.size(for_dgrad ? 0 : 1), n = weight.size(for_dgrad ? 1 : 0);
   const int64_t bytes = packed_b_bytes(e, k, n);
   std::shared_ptr<void> block = cpu::allocate(bytes);
@@ -190,7 +121,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> lora_linear_fwd(
     const std::vector<double>& scalings, double dropout_p, const std::optional<at::Tensor>& seed,
     const std::optional<at::Tensor>& shrunk) {
   const at::ScalarType dtype = x_in.scalar_type();
-  const at::Tensor x = readable(x_in, dtype);
+  const at::Tensor x = rows_in(x_in, dtype);
   const Engine& e = engine_for(dtype_of(x));
   FwdParams p{};
   p.m = x.size(0);
@@ -218,8 +149,8 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> lora_linear_fwd(
     ys.push_back(at::empty({p.m, w.n}, x.options()));
     w.y = ys.back().mutable_data_ptr();
     w.ldy = w.n;
-    if (!shrunk) operands.push_back({readable(lora_as[g], dtype), p.k, w.rank, true, nullptr});
-    operands.push_back({readable(lora_bs[g], dtype), w.rank, w.n, true, nullptr});
+    if (!shrunk) operands.push_back({rows_in(lora_as[g], dtype), p.k, w.rank, true, nullptr});
+    operands.push_back({rows_in(lora_bs[g], dtype), w.rank, w.n, true, nullptr});
     ranks += w.rank;
     columns += w.n;
   }
@@ -254,7 +185,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_li
     const std::vector<double>& scalings, double dropout_p, const std::optional<at::Tensor>& seed,
     bool need_dx, bool need_da, bool need_db, const std::optional<at::Tensor>& ds) {
   const at::ScalarType dtype = x_in.scalar_type();
-  const at::Tensor x = readable(x_in, dtype), s = readable(s_in, dtype);
+  const at::Tensor x = rows_in(x_in, dtype), s = rows_in(s_in, dtype);
   const Engine& e = engine_for(dtype_of(x));
   BwdParams p{};
   p.m = x.size(0);
@@ -269,7 +200,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_li
   std::vector<at::Tensor> dys;
   for (int g = 0; g < p.members; ++g) {
     BwdMember& w = p.member[g];
-    dys.push_back(readable(dys_in[g], dtype));
+    dys.push_back(rows_in(dys_in[g], dtype));
     w.dy = dys.back().const_data_ptr();
     w.lddy = row_stride(dys.back());
     w.n = dys.back().size(1);
@@ -280,8 +211,8 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_li
       check_packed(e, packed[g], w.n, p.k);
       w.w_packed = packed[g].const_data_ptr();
     }
-    operands.push_back({readable(lora_as[g], dtype), w.rank, p.k, false, nullptr});
-    if (!ds) operands.push_back({readable(lora_bs[g], dtype), w.n, w.rank, false, nullptr});
+    operands.push_back({rows_in(lora_as[g], dtype), w.rank, p.k, false, nullptr});
+    if (!ds) operands.push_back({rows_in(lora_bs[g], dtype), w.n, w.rank, false, nullptr});
     ranks += w.rank;
     columns += w.n;
   }
@@ -331,11 +262,11 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_li
   for (int g = 0; g < p.members; ++g) {
     const BwdMember& w = p.member[g];
     if (need_da) {
-      das.push_back(reduce_partials(da_partials[g], w.rank, p.k, 1.0f, false,
+      das.push_back(sum_partials(da_partials[g], w.rank, p.k, 1.0f, false,
                                     lora_as[g].scalar_type()));
     }
     if (need_db) {
-      dbs.push_back(reduce_partials(db_partials[g], w.rank, w.n, w.scaling, true,
+      dbs.push_back(sum_partials(db_partials[g], w.rank, w.n, w.scaling, true,
                                     lora_bs[g].scalar_type()));
     }
   }

@@ -11,6 +11,7 @@
 #include <numeric>
 #include <thread>
 
+#include "../common/tensor_operands.h"
 #include "../cpu/isa.h"
 #include "../cpu/memory.h"
 #include "quant_linear_host.h"
@@ -24,35 +25,11 @@ constexpr int64_t kStreamBytes = int64_t{1} << 20;   // results stored past the 
 constexpr int64_t kLargePages = int64_t{4} << 20;  // results of at least as many bytes
 constexpr int64_t kThreadWork = int64_t{1} << 18;    // products worth a thread
 
-Dtype dtype_of(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return Dtype::kFloat32;
-    case at::kBFloat16:
-      return Dtype::kBFloat16;
-    case at::kHalf:
-      return Dtype::kFloat16;
-    default:
-      TORCH_CHECK(false, "quant_linear (cpu): dtype ", type,
-                  " is not supported; accepted: float32, bfloat16, float16");
-  }
-}
+Dtype dtype_of(at::ScalarType type) { return lora_kernels::dtype_of(type, "quant_linear"); }
 
 const Kernels& kernels_for(Dtype dtype) {
-  using cpu::Isa;
-  const Isa isa = cpu::active_isa();
-  const Kernels* kernels = nullptr;
-  if (isa >= Isa::kAmx) kernels = kernels_amx(dtype);
-  if (kernels == nullptr && isa >= Isa::kAvx512) kernels = kernels_avx512(dtype);
-  if (kernels == nullptr && isa >= Isa::kAvx2) kernels = kernels_avx2(dtype);
-  return kernels == nullptr ? *kernels_baseline(dtype) : *kernels;
+  return *cpu::for_active_isa(kernels_amx, kernels_avx512, kernels_avx2, kernels_baseline, dtype);
 }
-
-at::Tensor rows_of(const at::Tensor& t) {
-  const bool rows = t.stride(1) == 1 && t.stride(0) >= t.size(1);
-  return rows ? t : t.contiguous();
-}
-int64_t row_stride(const at::Tensor& t) { return t.size(0) > 1 ? t.stride(0) : t.size(1); }
 
 // An adapter operand in fp32 or in the dtype of x.
 Adapter adapter(const std::optional<at::Tensor>& given, at::ScalarType dtype, int64_t rows,
@@ -60,35 +37,14 @@ Adapter adapter(const std::optional<at::Tensor>& given, at::ScalarType dtype, in
   TORCH_CHECK(given->dim() == 2 && given->size(0) == rows && given->size(1) == columns,
               "quant_linear (cpu): ", name, " is ", given->sizes(), "; accepted: [", rows, ", ",
               columns, "]");
-  at::Tensor t = *given;
-  if (t.scalar_type() != dtype && t.scalar_type() != at::kFloat) t = t.to(at::kFloat);
-  held.push_back(rows_of(t));
-  return {held.back().const_data_ptr(), row_stride(held.back()), dtype_of(t.scalar_type())};
-}
-
-DropoutParams dropout_params(double dropout_p, const std::optional<at::Tensor>& seed) {
-  DropoutParams d;
-  if (dropout_p == 0.0 || !seed.has_value()) return d;
-  d.threshold = static_cast<uint32_t>(std::nearbyint(dropout_p * 65536.0));
-  const auto value = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
-  d.key[0] = static_cast<uint32_t>(value);
-  d.key[1] = static_cast<uint32_t>(value >> 32);
-  return d;
-}
-float keep_scale(const DropoutParams& d) {
-  return d.threshold >= 65536 ? 0.0f : 65536.0f / static_cast<float>(65536 - d.threshold);
+  held.push_back(rows_in(*given, dtype));
+  const at::Tensor& t = held.back();
+  return {t.const_data_ptr(), row_stride(t), dtype_of(t.scalar_type())};
 }
 
 int threads_for(int64_t work) {
   if (work < kThreadWork || at::in_parallel_region()) return 1;
   return static_cast<int>(std::min<int64_t>(at::get_num_threads(), work / (kThreadWork / 2)));
-}
-
-template <class Body>
-void run_threads(int threads, const Body& body) {
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) body(static_cast<int>(t));
-  });
 }
 
 // `light`: the work of all phases but the last.
@@ -124,27 +80,6 @@ at::Tensor new_matrix(int64_t rows, int64_t columns, at::ScalarType dtype) {
   void* data = block.get();
   return at::from_blob(data, {rows, columns}, [block](void*) mutable { block.reset(); },
                        at::TensorOptions().dtype(dtype));
-}
-
-// Adds the threads' partials in order: [parts, rank_padded, columns_padded] -> [rank, columns], or
-// its transpose.
-at::Tensor reduce_partials(const at::Tensor& partials, int64_t rank, int64_t columns, float factor,
-                           bool transpose, at::ScalarType dtype) {
-  const int64_t parts = partials.size(0), ld = partials.size(2), block = partials.stride(0);
-  const float* in = partials.const_data_ptr<float>();
-  const at::Tensor out = at::empty(
-      transpose ? at::IntArrayRef{columns, rank} : at::IntArrayRef{rank, columns}, at::kFloat);
-  float* result = out.mutable_data_ptr<float>();
-  at::parallel_for(0, columns, 512, [&](int64_t begin, int64_t end) {
-    for (int64_t i = 0; i < rank; ++i) {
-      for (int64_t j = begin; j < end; ++j) {
-        float sum = 0.0f;
-        for (int64_t part = 0; part < parts; ++part) sum += in[part * block + i * ld + j];
-        result[transpose ? j * rank + i : i * columns + j] = sum * factor;
-      }
-    }
-  });
-  return out.to(dtype);
 }
 
 }  // namespace
@@ -247,7 +182,7 @@ std::tuple<at::Tensor, at::Tensor> quant_linear_fwd(
   const Weight& w = weight.weight;
   TORCH_CHECK(x_given.dim() == 2 && x_given.size(1) == w.k, "quant_linear (cpu): x is ",
               x_given.sizes(), "; accepted: [M, ", w.k, "]");
-  const at::Tensor x = rows_of(x_given);
+  const at::Tensor x = separate_rows(x_given);
   const at::ScalarType type = x.scalar_type();
   std::vector<at::Tensor> held;
   FwdParams p{};
@@ -291,7 +226,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quant_linear_bwd(
   const Weight& w = weight.weight;
   TORCH_CHECK(dy_given.dim() == 2 && dy_given.size(1) == w.n, "quant_linear (cpu): dy is ",
               dy_given.sizes(), "; accepted: [M, ", w.n, "]");
-  const at::Tensor dy = rows_of(dy_given);
+  const at::Tensor dy = separate_rows(dy_given);
   const at::ScalarType type = dy.scalar_type();
   const int64_t m = dy.size(0);
   std::vector<at::Tensor> held;
@@ -311,7 +246,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quant_linear_bwd(
     TORCH_CHECK(t.dim() == 2 && t.size(0) == m && t.size(1) == columns && t.scalar_type() == type,
                 "quant_linear (cpu): ", name, " is ", t.scalar_type(), " ", t.sizes(),
                 "; accepted: ", type, " [", m, ", ", columns, "]");
-    return rows_of(t);
+    return separate_rows(t);
   };
   const Kernels& kernels = kernels_for(p.dtype);
   const auto none = [&] { return at::empty({0}, dy.options()); };  // results must not alias
@@ -352,10 +287,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quant_linear_bwd(
     run_job(kernels.bwd, p, light, p.m * w.k * w.n);
   }
   if (p.da != nullptr) {
-    da = reduce_partials(da, p.rank, w.k, 1.0f, false, lora_a->scalar_type());
+    da = sum_partials(da, p.rank, w.k, 1.0f, false, lora_a->scalar_type());
   }
   if (p.db != nullptr) {
-    db = reduce_partials(db, p.rank, w.n, p.scaling, true, lora_b->scalar_type());
+    db = sum_partials(db, p.rank, w.n, p.scaling, true, lora_b->scalar_type());
   }
   return {dx, da, db};
 }

@@ -5,6 +5,7 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 
+#include "../common/tensor_operands.h"
 #include "../cpu/isa.h"
 #include "../cpu/memory.h"
 #include "../lora_linear/lora_linear.h"
@@ -18,40 +19,23 @@ using Maybe = std::optional<at::Tensor>;
 constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
 constexpr int64_t kMostChunks = 256;
 
-Dtype dtype_of(const at::Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return Dtype::kFloat32;
-    case at::kBFloat16:
-      return Dtype::kBFloat16;
-    case at::kHalf:
-      return Dtype::kFloat16;
-    default:
-      TORCH_CHECK(false, "rms_norm (cpu): dtype ", t.scalar_type(),
-                  " is not supported; accepted: float32, bfloat16, float16");
-  }
+Dtype dtype_of(const at::Tensor& t) { return lora_kernels::dtype_of(t.scalar_type(), "rms_norm"); }
+
+const Kernels& kernels_for(Dtype dtype) {
+  return *cpu::for_active_isa(kernels_amx, kernels_avx512, kernels_avx2, kernels_baseline, dtype);
 }
 
-struct Chosen {
-  const Kernels* kernels;
-  const lora_linear::Engine* engine;
-};
-
-Chosen chosen_for(Dtype dtype) {
-  using cpu::Isa;
-  const Isa isa = cpu::active_isa();
-  if (isa >= Isa::kAmx && kernels_amx(dtype) != nullptr) {
-    return {kernels_amx(dtype), lora_linear::engine_amx(dtype)};
-  }
-  if (isa >= Isa::kAvx512) return {kernels_avx512(dtype), lora_linear::engine_avx512(dtype)};
-  if (isa >= Isa::kAvx2) return {kernels_avx2(dtype), lora_linear::engine_avx2(dtype)};
-  return {kernels_baseline(dtype), lora_linear::engine_baseline(dtype)};
+// In whose layout the kernels of that dtype read A: both have AMX for the same dtypes.
+const lora_linear::Engine& engine_for(Dtype dtype) {
+  namespace ll = lora_linear;
+  return *cpu::for_active_isa(ll::engine_amx, ll::engine_avx512, ll::engine_avx2,
+                              ll::engine_baseline, dtype);
 }
 
 at::Tensor readable(const at::Tensor& t, const at::Tensor& like) {
   TORCH_CHECK(t.dim() == 2 && t.sizes() == like.sizes() && t.scalar_type() == like.scalar_type(),
               "rms_norm (cpu): x and dy must be 2-D, of one shape and dtype");
-  return t.size(1) == 1 || t.stride(1) == 1 ? t : t.contiguous();
+  return unit_columns(t);
 }
 
 // offset + weight in fp32, as it is where it is that already.
@@ -107,7 +91,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> rms_norm_fwd(const at::Tensor& x,
                                                             const std::vector<at::Tensor>& lora_as,
                                                             double eps, double offset) {
   const at::Tensor in = readable(x, x);
-  const Chosen chosen = chosen_for(dtype_of(x));
+  const Dtype dtype = dtype_of(x);
   const Gain gain(weight, offset, x.size(1));
   int64_t ranks = 0;
   for (const at::Tensor& a : lora_as) ranks += a.size(0);
@@ -115,7 +99,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> rms_norm_fwd(const at::Tensor& x,
   at::Tensor rstd = at::empty({x.size(0)}, x.options().dtype(at::kFloat));
   at::Tensor s = at::empty({x.size(0), ranks}, x.options());
   std::shared_ptr<void> packed;
-  if (ranks > 0) packed = packed_adapters(*chosen.engine, x, lora_as);
+  if (ranks > 0) packed = packed_adapters(engine_for(dtype), x, lora_as);
   ForwardParams p{};
   p.rows = x.size(0);
   p.columns = x.size(1);
@@ -128,7 +112,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> rms_norm_fwd(const at::Tensor& x,
   p.a_packed = packed.get();
   p.ranks = ranks;
   p.s = s.mutable_data_ptr();
-  const Kernels& k = *chosen.kernels;
+  const Kernels& k = kernels_for(dtype);
   const int64_t strips = (p.rows + k.strip - 1) / k.strip;
   at::parallel_for(0, strips, grain(p.columns, k.strip), [&](int64_t begin, int64_t end) {
     k.forward(p, begin, end, cpu::thread_workspace(k.workspace(p)));
@@ -156,7 +140,7 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_bwd(const at::Tensor& dy, const at::
   p.gain = gain.data();
   p.rstd = scales.const_data_ptr<float>();
   p.dx = dx.mutable_data_ptr();
-  const Kernels& k = *chosen_for(dtype_of(x)).kernels;
+  const Kernels& k = kernels_for(dtype_of(x));
   if (!need_dweight || !weight.has_value()) {
     at::parallel_for(0, rows, grain(columns, 1), [&](int64_t begin, int64_t end) {
       k.backward(p, begin, end, nullptr);

@@ -7,25 +7,14 @@
 #include <algorithm>
 #include <utility>
 
+#include "../common/tensor_operands.h"
 #include "../cpu/isa.h"
 #include "rope.h"
 
 namespace lora_kernels::rope {
 namespace {
 
-Dtype dtype_of(const at::Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return Dtype::kFloat32;
-    case at::kBFloat16:
-      return Dtype::kBFloat16;
-    case at::kHalf:
-      return Dtype::kFloat16;
-    default:
-      TORCH_CHECK(false, "rope (cpu): dtype ", t.scalar_type(),
-                  " is not supported; accepted: float32, bfloat16, float16");
-  }
-}
+Dtype dtype_of(const at::Tensor& t) { return lora_kernels::dtype_of(t.scalar_type(), "rope"); }
 
 TableDtype table_dtype_of(const at::Tensor& t) {
   switch (t.scalar_type()) {
@@ -110,11 +99,8 @@ std::vector<at::Tensor> rope_rotate(const std::vector<at::Tensor>& heads, const 
   }
   const int64_t places = batch * p.positions;
   if (places == 0 || work == 0) return results;
-  using cpu::Isa;
-  const Isa isa = cpu::active_isa();
-  const RotateKernel kernel = isa >= Isa::kAvx512 ? rotate_avx512(dtype, interleaved, inverse)
-                              : isa >= Isa::kAvx2 ? rotate_avx2(dtype, interleaved, inverse)
-                                                  : rotate_baseline(dtype, interleaved, inverse);
+  const RotateKernel kernel = cpu::for_active_isa(nullptr, rotate_avx512, rotate_avx2,
+                                                  rotate_baseline, dtype, interleaved, inverse);
   const int64_t grain = std::max<int64_t>(1, 32768 / work);
   at::parallel_for(0, places, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(static_cast<size_t>(2 * p.rotated));
