@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -20,6 +20,8 @@ class Mlp(NamedTuple):
 
     up: empty: there is no factor, ``down(act(gate(x)))``. packed: gate holds gate and up, in this
     order. dropout: empty: none. inner_dropout: of the argument of down; empty: none.
+    inside: the forward does more than that, in an order of its own; names may then be paths
+    (``output.dense``), and the forward runs as it is (modules/deferred_mlp.py).
     """
 
     gate: str
@@ -29,6 +31,7 @@ class Mlp(NamedTuple):
     packed: bool = False
     dropout: str = ""
     inner_dropout: str = ""
+    inside: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,20 @@ _TABLE |= {
     )
 }  # fmt: skip
 
+# Blocks of other classes are recognised by the names of their layers: (gate, up, down), up empty
+# as above. Nothing about the forward is assumed.
+_LAYERS = [
+    ("gate_proj", "up_proj", "down_proj"), ("wi_0", "wi_1", "wo"), ("w1", "w3", "w2"),
+    ("gate_up_proj", "", "down_proj"), ("up_proj", "", "down_proj"), ("fc1", "", "fc2"),
+    ("c_fc", "", "c_proj"), ("wi", "", "wo"), ("lin1", "", "lin2"), ("linear1", "", "linear2"),
+    ("dense_h_to_4h", "", "dense_4h_to_h"), ("fc_in", "", "fc_out"), ("ffn", "", "ffn_output"),
+    ("intermediate_dense", "", "output_dense"), ("intermediate.dense", "", "output.dense"),
+]  # fmt: skip
+_PACKED = ("gate_up_proj",)
+_ACTIVATIONS = (
+    "act_fn", "act", "activation_fn", "activation", "intermediate_act_fn", "activation_function",
+)  # fmt: skip
+
 _rows: dict[tuple[str, str], Block] = {
     (f"{_HF}.{folder}.modeling_{folder}", name): row
     for folder, classes in _TABLE.items()
@@ -113,12 +130,15 @@ def rows() -> dict[tuple[str, str], Block]:
     return dict(_rows)
 
 
-def register_block(cls: type[nn.Module], *groups: tuple[str, ...], replace: bool = False) -> None:
+def register_block(
+    cls: type[nn.Module], *groups: tuple[str, ...], mlp: Mlp | None = None, replace: bool = False
+) -> None:
     """Tell `lora_kernels.apply` that the forward of `cls` calls these layers with one tensor each.
 
     Args:
         cls: the class of the block, exactly.
         groups: attribute names of layers, one tuple per shared input; two to eight names.
+        mlp: names of an MLP in it; with ``inside=True`` nothing is assumed about the forward.
         replace: a row that is there already is replaced.
 
     Raises:
@@ -135,9 +155,11 @@ def register_block(cls: type[nn.Module], *groups: tuple[str, ...], replace: bool
             raise InvalidArgumentError(
                 f"a group is {group!r}; accepted: a tuple of two to eight different names"
             )
-    if not groups:
+    if mlp is not None and not (isinstance(mlp, Mlp) and all((mlp.gate, mlp.down, mlp.act))):
+        raise InvalidArgumentError(f"mlp is {mlp!r}; accepted: an Mlp with gate, down and act")
+    if not groups and mlp is None:
         raise InvalidArgumentError("groups is empty; name the layers that share an input")
-    _rows[key] = Block(groups)
+    _rows[key] = Block(groups, mlp=mlp)
 
 
 def row_of(cls: type) -> Block | None:
@@ -154,8 +176,47 @@ def groups_of(row: Block, path: str) -> tuple[tuple[str, ...], ...]:
 
 
 def blocks_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Block]]:
-    """(path, block, row) of every block of the table in `model`."""
+    """(path, block, row) of every block in `model` that is in the table or recognised by names."""
     for name, module in model.named_modules():
-        row = row_of(type(module))
+        row = row_for(module)
         if row is not None:
             yield name, module, row
+
+
+def row_for(block: nn.Module) -> Block | None:
+    """The row of its class, with an MLP recognised by names where the row tells of none."""
+    row = row_of(type(block))
+    if row is not None and (row.mlp is not None or row.groups):
+        return row
+    mlp = _recognised(block)
+    if mlp is None:
+        return row
+    return Block(((mlp.gate, mlp.up),) if mlp.up else (), mlp=mlp)
+
+
+def _recognised(block: nn.Module) -> Mlp | None:
+    """Of the names above, those that `block` has, if its first and last layer have adapters."""
+    for gate, up, down in _LAYERS:
+        if not all(_adapted(child(block, name)) for name in (gate, down)):
+            continue
+        if up and child(block, up) is None:
+            continue
+        prefix = gate[: gate.rfind(".") + 1]
+        for act in _ACTIVATIONS:
+            if child(block, prefix + act) is not None:
+                return Mlp(gate, up, down, prefix + act, gate in _PACKED, inside=True)
+    return None
+
+
+def _adapted(layer: Any) -> bool:
+    return hasattr(layer, "lora_A")
+
+
+def child(block: nn.Module, path: str) -> Any:
+    """The module at `path` below `block`; None where there is none."""
+    found: Any = block
+    for name in path.split("."):
+        found = found._modules.get(name)
+        if found is None:
+            return None
+    return found

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_kernels.integrations.peft import linear
 from lora_kernels.integrations.peft.quant_base import is_quantized
 from lora_kernels.modules import grouped_linear, grouped_lora_linear
-from lora_kernels.modules.blocks import blocks_of, groups_of, row_of, rows
+from lora_kernels.modules.blocks import blocks_of, groups_of, row_for, rows
 from lora_kernels.modules.grouped_linear import GroupedLinear
 from lora_kernels.modules.layer_group import AnyOperands, LayerGroup, group_of
 from lora_kernels.modules.lora_linear import LoRALinear
@@ -29,7 +29,7 @@ def form_groups(model: nn.Module) -> tuple[list[dict[str, Any]], list[LayerGroup
     for path, block, row in blocks_of(model):
         for names in groups_of(row, path):
             members = {n: m for n in names if (m := block._modules.get(n)) is not None}
-            adapted = {n: m for n, m in members.items() if _is_adapted(m)}
+            adapted = {n: m for n, m in members.items() if is_adapted(m)}
             if not adapted:
                 continue
             first = next(iter(adapted.values()))
@@ -47,11 +47,10 @@ def form_groups(model: nn.Module) -> tuple[list[dict[str, Any]], list[LayerGroup
             entries.append(_entry(path, list(adapted if reason else joined), reason))
     for module in model.modules():
         old = group_of(module)
-        if old is not None and id(old) not in keep:
+        if old is not None and id(old) not in keep and len(old.members) > 1:
             take_apart(old)
     for group in made:
-        _prepare(group)
-        group.attach()
+        put_together(group)
     return [*entries, *_unknown_blocks(model)], made
 
 
@@ -70,11 +69,30 @@ def take_apart(group: LayerGroup) -> None:
                 member.__class__ = stock
 
 
-def _prepare(group: LayerGroup) -> None:
+def put_together(group: LayerGroup) -> None:
     for member in group.members:
         grouped = _CLASSES.get(type(member))
         if grouped is not None:
             member.__class__ = grouped
+    group.attach()
+
+
+def group_alone(path: str, layer: nn.Module) -> LayerGroup:
+    """A group of one adapted layer, for the S that a norm in front of it makes."""
+    group = LayerGroup(path, [layer], _operands_of({"": layer}))
+    put_together(group)
+    return group
+
+
+def shrink_reason(layer: nn.Module) -> str:
+    """Why this adapted layer takes no S that somebody else made; "" where it does."""
+    if _quantized(layer):
+        return "the weight is quantized"
+    return "the adapter is DoRA" if _is_dora(layer) else _member_reason(layer)
+
+
+def dropout_of(layer: nn.Module) -> float:
+    return _dropout(layer)
 
 
 def _entry(path: str, members: list[str], reason: str) -> dict[str, Any]:
@@ -84,7 +102,7 @@ def _entry(path: str, members: list[str], reason: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _is_adapted(module: nn.Module) -> bool:
+def is_adapted(module: nn.Module) -> bool:
     return isinstance(module, (LoraLayer, LoRALinear))
 
 
@@ -220,11 +238,11 @@ def _unknown_blocks(model: nn.Module) -> list[dict[str, Any]]:
     known = {name for row in rows().values() for group in row.groups for name in group}
     entries = []
     for path, block in model.named_modules():
-        if row_of(type(block)) is not None or isinstance(block, (nn.ModuleList, nn.Sequential)):
+        if row_for(block) is not None or isinstance(block, (nn.ModuleList, nn.Sequential)):
             continue
         sizes: dict[int, list[str]] = {}
         for name, child in block._modules.items():
-            if name in known and child is not None and _is_adapted(child):
+            if name in known and child is not None and is_adapted(child):
                 sizes.setdefault(child.in_features, []).append(name)
         for names in sizes.values():
             if len(names) > 1:

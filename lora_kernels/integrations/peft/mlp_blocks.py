@@ -1,7 +1,8 @@
 """MLP blocks of transformers models on the fused activation: a class swap of the block.
 
 The block's layers run as before, their hooks included; where nothing watches them and all of them
-have an adapter, the whole block is one autograd node (modules/mlp_function.py).
+have an adapter, the whole MLP is one autograd node (modules/mlp_function.py). Where a block does
+more than its MLP, its own forward runs, around that node (modules/deferred_mlp.py).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from transformers import activations
 
 from lora_kernels.integrations.peft import linear
 from lora_kernels.modules import grouped_lora_linear
-from lora_kernels.modules.blocks import Mlp, blocks_of, row_of
+from lora_kernels.modules.blocks import Mlp, blocks_of, child
+from lora_kernels.modules.deferred_mlp import run_around
 from lora_kernels.modules.grouped_linear import has_hooks
 from lora_kernels.modules.grouped_lora_linear import GroupedLoRALinear
 from lora_kernels.modules.layer_group import Operands, group_of
@@ -29,16 +31,19 @@ from lora_kernels.modules.mlp_function import fused_mlp
 from lora_kernels.modules.report import FUSED, STOCK
 from lora_kernels.ops import _dispatch, explain
 
+SHRINK = "_lora_kernels_shrink"  # of a block: whether its activation makes S of the last layer
 KIND, RECOMPUTED = "gated_activation", "recomputed_activation"
 _EAGER = ("aten", "reference")  # backends that gain nothing over what the model spells out
 _ROWS = 1024  # of the problem that a block is judged by
+_PASSED = (nn.Dropout, nn.Identity, nn.LayerNorm)
 
 
 class FusedMlp:
     """Mark of the subclasses that :func:`fuse_activations` makes. `stock`: the block's own class;
-    `recompute`: the activation is not kept for the backward."""
+    `mlp`: the names of its layers; `recompute`: the activation is not kept for the backward."""
 
     stock: Any
+    mlp: Mlp
     recompute = False
 
 
@@ -76,7 +81,7 @@ def fuse_activations(
             entries.append(_entry(KIND, path, (row.mlp.act,), reason or unpaid))
         again = recompute and not kept
         able = not reason and (again or not unpaid)
-        new = fused_class(stock, again) if able else stock
+        new = fused_class(stock, again, row.mlp) if able else stock
         if cls is not new:
             changes.append((block, cls, new))
     return entries, changes
@@ -114,15 +119,15 @@ def _reason(block: nn.Module, stock: Any, mlp: Mlp) -> str:
     if own is not None:
         return "the block has a forward of its own on the instance"
     for name in (mlp.gate, mlp.up, mlp.down):
-        if name and block._modules.get(name) is None:
+        if name and child(block, name) is None:
             return f"the block has no {name}"
-    act = block._modules.get(mlp.act)
+    act = child(block, mlp.act)
     return "" if activation_kind(act) else f"the activation is {type(act).__name__}"
 
 
 def _kept_anyway(block: nn.Module, mlp: Mlp) -> str:
     """Why there is nothing to recompute for."""
-    down = block._modules.get(mlp.down)
+    down = child(block, mlp.down)
     if hasattr(down, "lora_A") or isinstance(down, LoRALinear):
         return ""
     return f"{mlp.down} has no adapter, so its input is not kept anyway"
@@ -134,7 +139,7 @@ def _unpaid(block: nn.Module, mlp: Mlp) -> str:
     if weight is None or weight.is_meta or not weight.is_floating_point():
         return ""  # a call looks again
     return _unpaid_for(
-        activation_kind(block._modules[mlp.act]), bool(mlp.up or mlp.packed), weight.dtype,
+        activation_kind(child(block, mlp.act)), bool(mlp.up or mlp.packed), weight.dtype,
         weight.device.type, _environment(),
     )  # fmt: skip
 
@@ -158,7 +163,7 @@ def _unpaid_for(
 def _applies(block: nn.Module, mlp: Mlp, x: Tensor) -> bool:
     """Nothing watches the activation. Without gradients, too: the first pass of a reentrant
     checkpoint has none, and has to give the bits of the second."""
-    act = block._modules[mlp.act]
+    act = child(block, mlp.act)
     hooks = (
         act is not None and (act._forward_hooks or act._forward_pre_hooks or act._backward_hooks),
         nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks,
@@ -206,17 +211,19 @@ def _operands(layer: Any, x: Tensor) -> Operands | None:
 
 def _as_one(block: Any, mlp: Mlp, x: Tensor, kind: str) -> Tensor | None:
     """The block as one node, dropout of its result aside; None where that cannot be."""
-    layers = block._modules
-    first = [layers[name] for name in (mlp.gate, mlp.up) if name]
+    first = [child(block, name) for name in (mlp.gate, mlp.up) if name]
     if mlp.packed or (len(first) > 1 and not _grouped(first)):
         return None
     found = []
-    for layer in (*first, layers[mlp.down]):
+    for layer in (*first, child(block, mlp.down)):
         operands = _operands(layer, x)
         if operands is None:
             return None
         found.append(operands)
-    return fused_mlp(x, found[:-1], found[-1], kind, block.recompute)
+    group = group_of(first[0])
+    shrunk = None if group is None else group.take(x, found[:-1])
+    shrink = block.__dict__.get(SHRINK, False)
+    return fused_mlp(x, found[:-1], found[-1], kind, block.recompute, shrink, shrunk)
 
 
 def _grouped(layers: list[nn.Module]) -> bool:
@@ -226,30 +233,66 @@ def _grouped(layers: list[nn.Module]) -> bool:
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    stock: Any = self.stock
-    row = row_of(stock)
-    mlp = None if row is None else row.mlp
+    stock, mlp = self.stock, self.mlp
+    if mlp.inside:
+        if _watched_between(self, mlp):
+            return stock.forward(self, *args, **kwargs)
+        fits, whole = functools.partial(_fits, self, mlp), functools.partial(_whole, self, mlp)
+        return run_around(stock.forward, self, mlp, fits, whole, args, kwargs)
     x = args[0] if len(args) == 1 and not kwargs else None
-    if mlp is None or x is None or not _applies(self, mlp, x):
+    if x is None or not _fits(self, mlp, x):
         return stock.forward(self, *args, **kwargs)
-    layers = self._modules
-    kind = activation_kind(layers[mlp.act])
-    if not self.recompute and _unpaid_for(
+    y = _whole(self, mlp, x)
+    return self._modules[mlp.dropout](y) if mlp.dropout else y
+
+
+def _fits(block: Any, mlp: Mlp, x: Tensor) -> bool:
+    """The MLP of this input is ours to compute."""
+    if not _applies(block, mlp, x):
+        return False
+    kind = activation_kind(child(block, mlp.act))
+    return block.recompute or not _unpaid_for(
         kind, bool(mlp.up or mlp.packed), _dtype_of_call(x), x.device.type, _environment()
-    ):
-        return stock.forward(self, *args, **kwargs)
-    y = _as_one(self, mlp, x, kind)
-    if y is None:
-        gate: Tensor = layers[mlp.gate](x)
-        up: Tensor | None = layers[mlp.up](x) if mlp.up else None
-        if mlp.packed:
-            gate, up = gate.chunk(2, dim=-1)
-        if type(gate) is not Tensor or (up is not None and up.dtype != gate.dtype):
-            h = layers[mlp.act](gate)
-            y = layers[mlp.down](h if up is None else h * up)
-        else:
-            y = activate_and_project(layers[mlp.down], gate, up, kind, self.recompute)
-    return layers[mlp.dropout](y) if mlp.dropout else y
+    )
+
+
+def _watched_between(block: Any, mlp: Mlp) -> bool:
+    """The forward cannot run on a stand-in: it is traced, a module on the way to the layers is
+    watched, or one that a result may pass on its way to the next layer."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    found: set[Any] = {block}
+    for path in (mlp.gate, mlp.down):
+        above = path.rpartition(".")[0]
+        if above:
+            module: Any = child(block, above)
+            if module is None or has_hooks(module) or "forward" in module.__dict__:
+                return True
+            found.add(module)
+    children = (m for module in found for m in module._modules.values())
+    if any(type(m) in _PASSED and (has_hooks(m) or "forward" in m.__dict__) for m in children):
+        return True
+    return any(child(block, p) is None for p in (mlp.gate, mlp.up or mlp.gate, mlp.act, mlp.down))
+
+
+def _whole(block: Any, mlp: Mlp, x: Tensor) -> Tensor:
+    """The MLP of x: one node, or its layers one by one around the fused activation."""
+    kind = activation_kind(child(block, mlp.act))
+    y = _as_one(block, mlp, x, kind)
+    if y is not None:
+        return y
+    layers: list[Any] = [child(block, p) for p in (mlp.gate, mlp.up, mlp.act, mlp.down) if p]
+    first, *second, act, down = layers
+    gate: Tensor = first(x)
+    up: Tensor | None = second[0](x) if second else None
+    if mlp.packed:
+        gate, up = gate.chunk(2, dim=-1)
+    if type(gate) is not Tensor or (up is not None and up.dtype != gate.dtype):
+        h = act(gate)
+        return down(h if up is None else h * up)
+    shrink = block.__dict__.get(SHRINK, False)
+    found = _operands(down, gate) if shrink else None
+    return activate_and_project(down, gate, up, kind, block.recompute, shrink, found)
 
 
 def _dtype_of_call(x: Tensor) -> torch.dtype:
@@ -259,7 +302,7 @@ def _dtype_of_call(x: Tensor) -> torch.dtype:
 
 
 @functools.cache
-def fused_class(cls: Any, recompute: bool) -> Any:
+def fused_class(cls: Any, recompute: bool, mlp: Mlp) -> Any:
     """A subclass of exactly `cls` that prints as it and is found in the table of blocks as it."""
 
     @functools.wraps(cls.forward)
@@ -267,7 +310,7 @@ def fused_class(cls: Any, recompute: bool) -> Any:
         return _forward(self, *args, **kwargs)
 
     members = {
-        "forward": forward, "stock": cls, "recompute": recompute,
+        "forward": forward, "stock": cls, "mlp": mlp, "recompute": recompute,
         "__reduce_ex__": _reduce, "__module__": cls.__module__, "__doc__": cls.__doc__,
         "__qualname__": cls.__qualname__,
     }  # fmt: skip
@@ -277,8 +320,8 @@ def fused_class(cls: Any, recompute: bool) -> Any:
 def _reduce(self: Any, protocol: Any) -> Any:
     """Copies and pickles: the class is made again from the one that has a name."""
     state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-    return _restored, (self.stock, self.recompute), state
+    return _restored, (self.stock, self.recompute, self.mlp), state
 
 
-def _restored(stock: Any, recompute: bool) -> Any:
-    return copyreg.__newobj__(fused_class(stock, recompute))  # type: ignore[attr-defined]
+def _restored(stock: Any, recompute: bool, mlp: Mlp) -> Any:
+    return copyreg.__newobj__(fused_class(stock, recompute, mlp))  # type: ignore[attr-defined]
