@@ -202,7 +202,7 @@ def run(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-class _NothingInFloat32(TorchFunctionMode):
+class NothingInFloat32(TorchFunctionMode):
     """Models compute norms, rotary tables and softmax in fp32 whatever their dtype is; an oracle
     must not."""
 
@@ -222,7 +222,7 @@ class _NothingInFloat32(TorchFunctionMode):
 def oracle(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """:func:`run` of eager PEFT, wholly in fp64."""
     double = copy.deepcopy(model).double()
-    with _NothingInFloat32():
+    with NothingInFloat32():
         return run(double, inputs)
 
 
@@ -231,7 +231,7 @@ def eager_logits(family: str, **inputs: Any) -> tuple[Tensor, Tensor]:
     model = FAMILIES[family].build("eager")
     with torch.no_grad():
         low = model(**inputs).logits
-        with _NothingInFloat32():
+        with NothingInFloat32():
             return model.double()(**inputs).logits, low
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import FAMILIES, eager_logits, padding, tokens
+import transformers
+from families import FAMILIES, NothingInFloat32, eager_logits, padding, tokens
 from torch import Tensor, nn
 from transformers import StaticCache
 
@@ -237,3 +238,29 @@ def test_compiled():
         want = model(input_ids=ids, use_cache=False).logits
         graph = torch.compile(model, fullgraph=True, backend="eager")
         assert torch.equal(graph(input_ids=ids, use_cache=False).logits, want)
+
+
+_CODER = {
+    "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 61,
+    "max_position_embeddings": 64, "init_std": 0.2, "pad_token_id": 0, "dropout": 0.0,
+    "activation_dropout": 0.0, "attention_dropout": 0.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stem", ["PegasusX", "BigBirdPegasus", "NllbMoe"])
+def test_models_without_sdpa_that_count_on_their_mask(stem):
+    """The decoder's attention is causal by its mask alone; BigBird's encoder adds it by itself."""
+    name = f"{stem}ForConditionalGeneration"
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(getattr(transformers, f"{stem}Config")(**_CODER)).eval()
+    model.set_attn_implementation("eager")
+    inputs = {"input_ids": tokens(), "attention_mask": padding("right"), "labels": tokens(5)}
+    with torch.no_grad():
+        low = model(**inputs).logits
+        model.set_attn_implementation("lora_kernels")
+        got = model(**inputs).logits
+        model.set_attn_implementation("eager")
+        with NothingInFloat32():
+            exact = model.double()(**inputs).logits
+    assert_within_budget(got, exact, low)

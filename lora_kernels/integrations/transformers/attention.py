@@ -8,12 +8,14 @@ registered, the mask being that of ``sdpa``: boolean, or None where it would say
 
 from __future__ import annotations
 
+import functools
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from lora_kernels.errors import InvalidArgumentError
 from lora_kernels.ops import attention, attention_decode
@@ -39,8 +41,32 @@ def register_attention() -> str:
         The name, ``"lora_kernels"``.
     """
     AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, make_mask)
     return NAME
+
+
+def make_mask(*args: Any, config: Any = None, **kwargs: Any) -> Tensor | None:
+    """``sdpa_mask``; additive, and never None, for models that would misread a boolean one or none.
+
+    Those are encoder-decoder models without ``sdpa`` and their halves: the attention of a decoder
+    is causal by its mask alone, and some of their layers add the mask to the scores by themselves.
+    """
+    coder = any(getattr(config, name, False) for name in ("is_encoder_decoder", "is_decoder"))
+    if not coder or _supports_sdpa(type(config)):
+        return sdpa_mask(*args, config=config, **kwargs)  # type: ignore[no-any-return]
+    kwargs["allow_is_bidirectional_skip"] = False
+    return eager_mask(*args, config=config, **kwargs)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _supports_sdpa(config: type) -> bool:
+    """Does a model of the module beside that of this configuration."""
+    name = config.__module__.replace(".configuration_", ".modeling_")
+    return any(
+        isinstance(cls, type) and issubclass(cls, PreTrainedModel) and cls._supports_sdpa
+        for cls in vars(sys.modules.get(name, sys)).values()
+        if getattr(cls, "__module__", "") == name
+    )
 
 
 def attention_forward(
