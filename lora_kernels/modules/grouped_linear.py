@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.modules import module as nn_module
 
 from lora_kernels.modules.layer_group import Operands, group_of
+from lora_kernels.modules.layer_group import has_hooks as has_hooks
 from lora_kernels.ops import _dispatch
 
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
@@ -40,16 +40,6 @@ def can_join(layer: nn.Module | None) -> bool:
         return False
     weight = layer._parameters.get("weight")
     return weight is not None and not weight.requires_grad and not has_hooks(layer)
-
-
-def has_hooks(layer: nn.Module) -> bool:
-    """Hooks of its own, or of all modules."""
-    return any((
-        layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks,
-        layer._backward_pre_hooks, nn_module._global_forward_hooks,
-        nn_module._global_forward_pre_hooks, nn_module._global_backward_hooks,
-        nn_module._global_backward_pre_hooks,
-    ))  # fmt: skip
 
 
 def operands(layer: Any, x: Tensor) -> Operands | None:

@@ -11,7 +11,8 @@ from lora_kernels.errors import InvalidArgumentError
 from lora_kernels.modules import grouped_lora_linear
 from lora_kernels.modules.grouped_linear import has_hooks
 from lora_kernels.modules.grouped_lora_linear import GroupedLoRALinear
-from lora_kernels.modules.layer_group import Operands
+from lora_kernels.modules.handed_shrink import Switch, Wanted, backend_for, usable
+from lora_kernels.modules.layer_group import Operands, compute_together
 from lora_kernels.modules.lora_linear import LoRALinear
 from lora_kernels.modules.mlp_function import fused_mlp
 from lora_kernels.modules.projections import check_layers, check_names, make_projection, project
@@ -160,13 +161,42 @@ def _operands(layer: nn.Module, x: Tensor) -> Operands | None:
 
 
 def activate_and_project(
-    down: nn.Module, gate: Tensor, up: Tensor | None, kind: str, recompute: bool
-) -> Tensor:
-    """``down(act(gate) * up)``; with recompute the argument of down is not kept."""
-    h = gated_activation(gate, up, kind)
+    down: nn.Module, gate: Tensor, up: Tensor | None, kind: str, recompute: bool,
+    shrink: Switch = False, operands: Operands | None = None,
+) -> Tensor:  # fmt: skip
+    """``down(act(gate) * up)``; with recompute the argument of down is not kept.
+
+    operands: those of down for a call that may stand for ``down(...)``, with S that the activation
+    made as `shrink` has it.
+    """
+    wanted = None if operands is None else _wanted(gate, operands, kind, shrink)
+    s: Tensor | None = None
+    if wanted is None:
+        h = gated_activation(gate, up, kind)
+    else:
+        h, s = gated_activation(gate, up, kind, lora_as=wanted.lora_as, backend=wanted.backend)
+
+    def behind() -> Tensor:
+        if operands is None or s is None:
+            return down(h)
+        return compute_together(h, [operands], s)[0]
+
     if not recompute:
-        return down(h)
+        return behind()
     kept_gate, kept_up = gate.detach(), None if up is None else up.detach()
     kept = [t for t in (kept_gate, kept_up) if t is not None]
     with recomputed(h, lambda: gated_activation(kept_gate, kept_up, kind), *kept):
-        return down(h)
+        return behind()
+
+
+def _wanted(gate: Tensor, down: Operands, kind: str, shrink: Switch) -> Wanted | None:
+    """What the activation has to make beside H ``[..., intermediate_size]``; None: nothing."""
+    if down.lora_a is None or down.dropout_p > 0.0 or torch.compiler.is_compiling():
+        return None
+    if shrink is False or not usable(gate, (down.lora_a,)):
+        return None
+    backend = backend_for(
+        shrink, "activation_shrink", "fwd", gate, K=gate.shape[-1], N=(down.weight.shape[0],),
+        rank=(down.lora_a.shape[0],), adapter_dtype=down.lora_a.dtype, activation=kind,
+    )  # fmt: skip
+    return Wanted((down.lora_a,), backend) if backend else None

@@ -1,8 +1,9 @@
 """A whole MLP with adapters as one autograd node: ``down(act(gate(x)) * up(x))``.
 
 Saved: x, the S of gate and up, their results, the S of down, and the activation H unless it is
-computed again. dH, the gradients of gate and up and H in the backward live inside one call, and
-dS and dB of gate and up are made where their gradients are (the op gated_activation).
+computed again. dH, the gradients of gate and up and H in the backward live inside one call. Where
+it pays, dS and dB of gate and up are made with their gradients, and S of down with H (the op
+gated_activation); S of gate and up may be given by a norm in front.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lora_kernels.modules.handed_shrink import Switch, backend_for
 from lora_kernels.modules.layer_group import Operands
 from lora_kernels.ops import _dispatch
 from lora_kernels.ops._differentiable_once import differentiable_once
@@ -25,19 +27,22 @@ _PRODUCTS = {("cpu", torch.bfloat16), ("cpu", torch.float32)}
 
 
 class Plan(NamedTuple):
-    """What is no tensor. `rates`: dropout of gate and up, and of down."""
+    """What is no tensor. `rates`: dropout of gate and up, and of down. `products`, `shrink`: the
+    backend of gated_activation that makes dS and dB of gate and up, and S of down, on its way;
+    empty: the layers make them."""
 
     kind: str
     recompute: bool
     scalings: tuple[float, ...]
     rates: tuple[float, float]
     backend: str
-    products: bool
+    products: str = ""
+    shrink: str = ""
 
 
 def fused_mlp(
     x: Tensor, first: Sequence[Operands | None], down: Operands | None, kind: str,
-    recompute: bool,
+    recompute: bool, shrink: Switch = False, shrunk: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
     """The result of the MLP for x ``[..., hidden_size]``; None where its layers have to be called
     one by one.
@@ -47,6 +52,9 @@ def fused_mlp(
         down: of the down projection.
         kind: as in :func:`lora_kernels.ops.gated_activation`.
         recompute: H is computed again in the backward.
+        shrink: whether gated_activation makes S of down, and on a GPU dS and dB of gate and up; as
+            :func:`lora_kernels.modules.handed_shrink.backend_for` has it.
+        shrunk: S of gate and up for x, ``[..., sum of ranks]``, where somebody has it.
     """
     layers = [*first, down]
     dense = [o for o in layers if o is not None and o.lora_a is not None]
@@ -62,15 +70,40 @@ def fused_mlp(
         None if p == 0.0 else torch.randint(0, 2**62, (), device=x.device, dtype=torch.int64)
         for p in rates
     ]
+    name = _dispatch.requested_backend(None)
     plan = Plan(
-        kind, recompute and _nobody_packs(), tuple(o.scaling for o in dense), rates,
-        _dispatch.requested_backend(None), (device, x.dtype) in _PRODUCTS and rates[0] == 0.0,
+        kind, recompute and _nobody_packs(), tuple(o.scaling for o in dense), rates, name,
+        *_made_in_the_activation(x, dense, kind, rates, shrink, name),
     )  # fmt: skip
+    if shrunk is not None:
+        fits = shrunk.dtype == x.dtype and rates[0] == 0.0
+        shrunk = shrunk.flatten(0, -2) if fits and x.dim() > 1 else None
     parts = zip(*((o.weight, o.lora_a, o.lora_b, o.bias) for o in dense), strict=True)
     flat = [t for part in parts for t in part]
     rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
-    y = MlpFunction.apply(rows, plan, *seeds, *flat)
+    y = MlpFunction.apply(rows, plan, *seeds, shrunk, *flat)
     return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
+
+
+def _made_in_the_activation(
+    x: Tensor, layers: list[Operands], kind: str, rates: tuple[float, float], shrink: Switch,
+    name: str,
+) -> tuple[str, str]:  # fmt: skip
+    """`products` and `shrink` of the plan."""
+    measured = (x.device.type, x.dtype) in _PRODUCTS
+    products, beside = name if measured and rates[0] == 0.0 else "", ""
+    if shrink is False or (measured and shrink == "auto"):
+        return products, beside
+    shapes: dict[str, Any] = {
+        "K": x.shape[-1], "N": tuple(o.weight.shape[0] for o in layers), "activation": kind,
+        "rank": tuple(o.lora_a.shape[0] for o in layers if o.lora_a is not None),
+        "adapter_dtype": layers[-1].lora_a.dtype if layers[-1].lora_a is not None else None,
+    }  # fmt: skip
+    if rates[0] == 0.0 and not products and torch.is_grad_enabled():
+        products = backend_for(shrink, "activation_shrink", "bwd", x, **shapes)
+    if rates[1] == 0.0:
+        beside = backend_for(shrink, "activation_shrink", "fwd", x, **shapes)
+    return products, beside
 
 
 def _can_run(x: Tensor, layers: list[Operands]) -> bool:
@@ -100,26 +133,32 @@ def _nobody_packs() -> bool:
 
 
 class MlpFunction(torch.autograd.Function):
-    """(x [M, K], plan, seed of gate and up, seed of down, *weights, *lora_as, *lora_bs, *biases)
-    -> y [M, N]. The lists are in the order of gate, up, down, or up, down."""
+    """(x [M, K], plan, seed of gate and up, seed of down, given S of gate and up, *weights,
+    *lora_as, *lora_bs, *biases) -> y [M, N]. The lists are in the order of gate, up, down, or up,
+    down."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, plan: Plan, seed: Tensor | None, seed_down: Tensor | None,
-        *flat: Tensor | None,
+        shrunk: Tensor | None, *flat: Tensor | None,
     ) -> Tensor:  # fmt: skip
         n = len(plan.scalings)
         weights, lora_as, lora_bs, biases = (list(flat[i * n : (i + 1) * n]) for i in range(4))
         made, s = _ops.lora_linear_fwd(
             x, weights[:-1], lora_as[:-1], lora_bs[:-1], biases[:-1], plan.scalings[:-1],
-            plan.rates[0], seed, plan.backend,
+            plan.rates[0], seed, plan.backend, None, shrunk,
         )  # fmt: skip
+        s = s if shrunk is None else shrunk
         gate, up = made if n == 3 else (made[0], None)
-        h, _ = _ops.gated_activation_fwd(gate, up, plan.kind, [], plan.backend)
+        beside = lora_as[-1:] if plan.shrink else []
+        h, made_s = _ops.gated_activation_fwd(
+            gate, up, plan.kind, beside, plan.shrink or plan.backend
+        )
         (y,), s_down = _ops.lora_linear_fwd(
             h, weights[-1:], lora_as[-1:], lora_bs[-1:], biases[-1:], plan.scalings[-1:],
-            plan.rates[1], seed_down, plan.backend,
+            plan.rates[1], seed_down, plan.backend, None, made_s if beside else None,
         )  # fmt: skip
+        s_down = made_s if beside else s_down
         ctx.plan, ctx.bias_dtypes = plan, [None if b is None else b.dtype for b in biases]
         kept = None if plan.recompute else h
         ctx.save_for_backward(x, s, gate, up, kept, s_down, seed, seed_down, *flat[: 3 * n])
@@ -131,7 +170,7 @@ class MlpFunction(torch.autograd.Function):
         x, s, gate, up, h, s_down, seed, seed_down, *flat = ctx.saved_tensors
         plan, n = ctx.plan, len(ctx.plan.scalings)
         weights, lora_as, lora_bs = flat[:n], flat[n : 2 * n], flat[2 * n :]
-        need_x, needs = ctx.needs_input_grad[0], list(ctx.needs_input_grad[4:])
+        need_x, needs = ctx.needs_input_grad[0], list(ctx.needs_input_grad[5:])
         need_a, need_b, need_bias = (needs[i * n : (i + 1) * n] for i in (1, 2, 3))
         dy = grads[0] if grads[0].dtype == x.dtype else grads[0].to(x.dtype)
         below = need_x or any(need_a[:-1]) or any(need_b[:-1]) or any(need_bias[:-1])
@@ -145,10 +184,11 @@ class MlpFunction(torch.autograd.Function):
         dx, das, dbs, dys = None, [], [], [None] * (n - 1)
         if below:
             inner_b = any(need_b[:-1])
-            with_products = plan.products and (need_x or any(need_a[:-1]))
+            with_products = bool(plan.products) and (need_x or any(need_a[:-1]))
             dgate, dup, ds, made = _ops.gated_activation_bwd(
                 dh, gate, up, plan.kind, lora_bs[:-1] if with_products else [],
-                s if with_products and inner_b else None, plan.scalings[:-1], plan.backend,
+                s if with_products and inner_b else None, plan.scalings[:-1],
+                plan.products if with_products else plan.backend,
             )  # fmt: skip
             dys = [dgate] if up is None else [dgate, dup]
             dx, das, dbs = _ops.lora_linear_bwd(
@@ -165,7 +205,7 @@ class MlpFunction(torch.autograd.Function):
             for d, dtype, need in zip([*dys, dy], ctx.bias_dtypes, need_bias, strict=True)
         ]
         return (
-            dx if need_x else None, None, None, None, *none,
+            dx if need_x else None, None, None, None, None, *none,
             *(d if need else None for d, need in zip(all_das, need_a, strict=True)),
             *(d if need else None for d, need in zip(all_dbs, need_b, strict=True)),
             *dbiases,

@@ -25,6 +25,11 @@ from lora_kernels._backends import cuda as cuda_library
 SCHEMA = 2
 VERDICTS = ("passed", "failed", "not run")
 DIRECTIONS = ("fwd", "bwd")
+# Pairs of ops that are measured together: a change of either's kernels ends their evidence.
+PAIRS = {
+    "norm_shrink": ("rms_norm", "lora_linear"),
+    "activation_shrink": ("gated_activation", "lora_linear"),
+}
 PACKAGE = Path(__file__).resolve().parents[1]
 # What a backend's results depend on; `{op}` is the op's folder. chunks: loops that backends share.
 SOURCES = {
@@ -94,7 +99,7 @@ def _entry(raw: dict[str, Any]) -> Entry:
         bool(made.sizes) and all(type(n) is int and n > 0 for n in made.sizes.values()),
         f"sizes={made.sizes} of an entry",
     )
-    _require(made.direction in DIRECTIONS, f"direction={made.direction!r}")
+    _require(made.direction in (*DIRECTIONS, "fwdbwd"), f"direction={made.direction!r}")
     _require(
         all(type(t) in (int, float) and math.isfinite(t) and t > 0 for t in made.ms.values()),
         f"ms={made.ms}",
@@ -171,6 +176,10 @@ def digest_of(paths: list[Path]) -> str:
 def source_digest(op: str, backend: str) -> str:
     """What identifies the kernels of `backend`. For compiled ones the library says from which
     sources it was built; a library that cannot say is identified by its own bytes."""
+    if op in PAIRS:
+        first, behind = PAIRS[op]
+        parts = [source_digest(first, backend), *(source_digest(behind, b) for b in SOURCES)]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
     paths = [p for pattern in SOURCES[backend] for p in PACKAGE.glob(pattern.format(op=op))]
     own = digest_of(paths)
     return own if backend != "cuda" else f"{own}-{_library_digest(op)}"

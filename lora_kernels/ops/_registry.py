@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lora_kernels.errors import InvalidArgumentError
+from lora_kernels.ops._shrink_pairs import PAIRS
 from lora_kernels.ops._spec import OpSpec
 from lora_kernels.ops.attention import problem as attention
 from lora_kernels.ops.dora_linear import problem as dora_linear
@@ -129,7 +130,7 @@ OPS: tuple[OpSpec, ...] = (
 
 
 def find(name: str) -> OpSpec:
-    for spec in OPS:
+    for spec in (*OPS, *PAIRS):
         if spec.name == name:
             return spec
     raise InvalidArgumentError(

@@ -21,6 +21,7 @@ from lora_kernels.integrations.peft.mlp_blocks import fuse_activations, mlp_bloc
 from lora_kernels.integrations.peft.quant_base import is_quantized, quantized_base
 from lora_kernels.integrations.peft.report import ApplyReport
 from lora_kernels.integrations.peft.rotary_blocks import fuse_rotary, rotary_blocks
+from lora_kernels.integrations.peft.shrink_links import link, links_of, restore, unlink
 from lora_kernels.integrations.transformers.causal_lm_loss import (
     fuse_loss,
     loss_is_fused,
@@ -28,6 +29,7 @@ from lora_kernels.integrations.transformers.causal_lm_loss import (
 )
 from lora_kernels.integrations.transformers.rms_norms import fuse_norms, swap_back
 from lora_kernels.integrations.transformers.rms_norms import to_stock as norm_to_stock
+from lora_kernels.modules.handed_shrink import Switch, check_switch
 from lora_kernels.modules.layer_group import LayerGroup
 from lora_kernels.modules.quant_linear import QuantLinear
 from lora_kernels.modules.report import FUSED, STOCK, LayerReport
@@ -39,7 +41,7 @@ _ROWS = 1024  # of the problem for which the report names a backend
 
 def apply(
     model: nn.Module, *, fused_loss: bool = False, recompute_activations: bool = False,
-    fused_norms: bool = True, fused_rope: bool = True,
+    fused_norms: bool = True, fused_rope: bool = True, fused_shrink: Switch = "auto",
 ) -> ApplyReport:  # fmt: skip
     """Let every LoRA linear of `model` that can be fused run fused.
 
@@ -70,16 +72,22 @@ def apply(
             back.
         fused_rope: attention blocks of known classes rotate queries and keys by ``lk.ops.rope``
             wherever it has a kernel of its own. False gives them their own forward back.
+        fused_shrink: the norm in front of q/k/v or gate/up, and the activation in front of the last
+            layer of an MLP, make ``S = x A^T`` of these layers with x, which they then do not read
+            once more for it. ``"auto"``: on a GPU where that was measured to be quicker, never on a
+            CPU, where it is slower (docs/blocks.md). True: everywhere.
 
     Returns:
         The :class:`ApplyReport`; a model without LoRA layers gives an empty one.
 
     Raises:
-        InvalidArgumentError: `model` is not a torch.nn.Module.
+        InvalidArgumentError: `model` is not a torch.nn.Module, or an unknown `fused_shrink`.
         StrictFallbackError: ``LORA_KERNELS_STRICT=1`` and a layer would be stock; nothing changed.
         BackendUnavailableError: ``LORA_KERNELS_BACKEND`` names a backend that cannot run a layer.
     """
-    return _apply(model, fused_loss, recompute_activations, fused_norms, fused_rope)[0]
+    return _apply(
+        model, fused_loss, recompute_activations, fused_norms, fused_rope, fused_shrink
+    )[0]  # fmt: skip
 
 
 def unapply(model: nn.Module) -> int:
@@ -92,7 +100,8 @@ def unapply(model: nn.Module) -> int:
     Raises:
         InvalidArgumentError: `model` is not a torch.nn.Module.
     """
-    dissolve_groups(_checked(model))
+    unlink(_checked(model))
+    dissolve_groups(model)
     layers = sum(_to_stock(module) for module in model.modules())
     for module in model.modules():
         norm_to_stock(module)
@@ -104,16 +113,16 @@ def unapply(model: nn.Module) -> int:
 @contextmanager
 def applied(
     model: nn.Module, *, fused_loss: bool = False, recompute_activations: bool = False,
-    fused_norms: bool = True, fused_rope: bool = True,
+    fused_norms: bool = True, fused_rope: bool = True, fused_shrink: Switch = "auto",
 ) -> Iterator[ApplyReport]:  # fmt: skip
     """``with applied(model) as report:`` fused inside; what it changed returns after.
 
     Raises:
         As :func:`apply`.
     """
-    before = loss_is_fused(_checked(model))
+    before, links = loss_is_fused(_checked(model)), links_of(model)
     report, changed, groups, norms = _apply(
-        model, fused_loss, recompute_activations, fused_norms, fused_rope
+        model, fused_loss, recompute_activations, fused_norms, fused_rope, fused_shrink
     )
     try:
         yield report
@@ -126,6 +135,7 @@ def applied(
                     _swap(*change)
         for module in norms:
             swap_back(module)
+        restore(model, links)
         if fused_loss and not before:
             unfuse_loss(model)
 
@@ -139,8 +149,10 @@ def _checked(model: Any) -> nn.Module:
 
 
 def _apply(
-    model: nn.Module, fused_loss: bool, recompute: bool, fused_norms: bool, fused_rope: bool
-) -> tuple[ApplyReport, list[nn.Module], list[LayerGroup], list[nn.Module]]:
+    model: nn.Module, fused_loss: bool, recompute: bool, fused_norms: bool, fused_rope: bool,
+    fused_shrink: Switch,
+) -> tuple[ApplyReport, list[nn.Module], list[LayerGroup], list[nn.Module]]:  # fmt: skip
+    check_switch(fused_shrink)
     layers: list[tuple[str, Any]] = [
         (n, m) for n, m in _checked(model).named_modules() if isinstance(m, LoraLayer)
     ]
@@ -184,6 +196,7 @@ def _apply(
         report.groups.extend(
             {"kind": "linear_cross_entropy", **asdict(entry)} for entry in fuse_loss(model)
         )
+    report.shrinks.extend(link(model, fused_shrink if ours else False, fused_norms))
     entries_of_norms, norms = fuse_norms(model, fused_norms and ours)
     report.norms.extend(entries_of_norms)
     return report, changed, groups, norms

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_kernels.modules.report import LayerReport, Report
+from lora_kernels.modules.report import STOCK, LayerReport, Report
 
 MLP, ROTARY = "gated_activation", "rotary_embedding"
 RECOMPUTED = "recomputed_activation"
@@ -29,20 +29,26 @@ class ApplyReport(Report):
     fused_loss there is also one for each model whose loss was looked at.
 
     `norms` holds a dict for every RMS norm of a known class, ``{"kind": "rms_norm", "name",
-    "status", "reason", "backend"}``.
+    "status", "reason", "backend"}``. `shrinks` holds one for every block behind a norm, of kind
+    ``norm_shrink``, and every MLP, of kind ``activation_shrink``, with the names of the layers
+    whose S is made there (``fused``) or not.
     """
 
     norms: list[dict[str, Any]] = field(default_factory=list)
+    shrinks: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """``{"layers": [...], "groups": [...]}``, and ``"norms"`` where the model has any."""
-        norms = {"norms": [dict(norm) for norm in self.norms]} if self.norms else {}
-        return {**super().to_dict(), **norms}
+        """``{"layers": [...], "groups": [...]}``, and ``"norms"`` and ``"shrinks"`` where the model
+        has any."""
+        more = {"norms": self.norms, "shrinks": self.shrinks}
+        found = {key: [dict(entry) for entry in some] for key, some in more.items() if some}
+        return {**super().to_dict(), **found}
 
     def __str__(self) -> str:
         """Layers that differ by block number alone share a row, if all else is equal."""
+        groups = [*self._group_lines(), *self._norm_lines(), *self._shrink_lines()]
         if not self.layers:
-            return "\n".join([*self._group_lines(), *self._norm_lines()]) or "no LoRA layer found"
+            return "\n".join(groups) or "no LoRA layer found"
         alike: dict[tuple[str, str, str, str], list[LayerReport]] = {}
         for e in self.layers:
             alike.setdefault((_pattern(e.name), e.status, e.backend, e.reason), []).append(e)
@@ -56,7 +62,7 @@ class ApplyReport(Report):
             + "  ".join(c.ljust(w) for c, w in zip(row[1:], widths[1:], strict=True))
             for row in rows
         ]
-        lines += [*self._group_lines(), *self._norm_lines()]
+        lines += groups
         lines.append(f"{len(self.fused)} of {len(self.layers)} LoRA layers fused")
         return "\n".join(line.rstrip() for line in lines)
 
@@ -75,3 +81,16 @@ class ApplyReport(Report):
     def _norm_lines(self) -> list[str]:
         alike = Counter(n["reason"] or f"normalized on {n['backend']}" for n in self.norms)
         return [f"{count} RMS norms: {how}" for how, count in alike.items()]
+
+    def _shrink_lines(self) -> list[str]:
+        """What does not happen is one line, of every kind together."""
+        makers = {"norm_shrink": "norm", "activation_shrink": "activation"}
+        made: Counter[str] = Counter()
+        for e in self.shrinks:
+            if e["status"] == STOCK:
+                made[f"blocks whose layers make S themselves: {e['reason']}"] += 1
+                continue
+            which = f"{_pattern(e['name'])}: {', '.join(e['members'])}"
+            when = f", {e['reason']}" if e["reason"] else ""
+            made[f"x {which}: S made by the {makers[e['kind']]} in front{when}"] += 1
+        return [f"{count} {line}" for line, count in made.items()]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lora_kernels.errors import BackendUnavailableError
 from lora_kernels.integrations.transformers.rms_norm_classes import INPUT, WEIGHT, Norm, row_of
+from lora_kernels.modules.layer_group import FEEDS, fed_by
 from lora_kernels.modules.report import FUSED, STOCK
 from lora_kernels.ops import _dispatch, explain, rms_norm
 
@@ -36,15 +37,16 @@ def fuse_norms(
 ) -> tuple[list[dict[str, Any]], list[nn.Module]]:
     """(an entry of the report for every norm of the table, the norms whose class changed).
 
-    A norm that cannot run on the op, or none where `enabled` is False, gets its own class back.
+    A norm that cannot run on the op, or none where `enabled` is False, gets its own class back. One
+    that makes S for the layers behind it runs on the op whether or not that alone would pay.
     """
     if not enabled:
         return [], [m for m in model.modules() if to_stock(m)]
     entries, changed = [], []
     for name, module in model.named_modules():
-        if row_of(_plain(_stock_of(type(module)))) is None:
+        if not is_norm(module):
             continue
-        reason, backend = _look_at(module)
+        reason, backend = look_at(module, fed_by(module) is not None)
         later = getattr(module._parameters.get("weight"), "is_meta", False)  # decided on the call
         if to_stock(module) if reason and not later else _swap(module):
             changed.append(module)
@@ -96,8 +98,14 @@ def _stock_of(cls: Any) -> Any:
     return cls._lora_kernels_stock if issubclass(cls, FusedRmsNorm) else cls
 
 
-def _look_at(module: nn.Module) -> tuple[str, str]:
-    """(why a call would run the norm's own forward, backend of a call that would not)."""
+def is_norm(module: nn.Module) -> bool:
+    """Of a class of the table, fused or not."""
+    return row_of(_plain(_stock_of(type(module)))) is not None
+
+
+def look_at(module: nn.Module, feeds: bool = False) -> tuple[str, str]:
+    """(why a call would run the norm's own forward, backend of a call that would not). feeds: it
+    makes S for layers behind it, so that the op need not pay by itself."""
     if _dispatch.disabled(KIND, "apply"):
         return "disabled by LORA_KERNELS_DISABLE", ""
     cls = type(module)
@@ -117,7 +125,14 @@ def _look_at(module: nn.Module) -> tuple[str, str]:
         return "its weight is on the meta device", ""
     if weight.dtype not in _DTYPES:
         return f"its weight is {weight.dtype}", ""
-    return _choice(_ROWS, weight.numel(), weight.dtype, weight.dtype, weight.device.type)
+    told = _choice(_ROWS, weight.numel(), weight.dtype, weight.dtype, weight.device.type)
+    if not (feeds and told[0] and weight.device.type in ("cpu", "cuda")):
+        return told
+    return "", str(
+        explain(
+            KIND, M=_ROWS, K=weight.numel(), dtype=weight.dtype, device=weight.device.type
+        )["backend"]
+    )  # fmt: skip
 
 
 def _choice(
@@ -153,8 +168,8 @@ def _cached_choice(
     return "", backend
 
 
-def _applies(module: Any, x: Any, weight: Any) -> bool:
-    """Nothing but plain eager mode, and a problem for which a kernel was chosen."""
+def _can_run(module: Any, x: Any, weight: Any) -> bool:
+    """Nothing but plain eager mode, and a problem that the op takes."""
     if (
         torch.jit.is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -178,10 +193,14 @@ def _applies(module: Any, x: Any, weight: Any) -> bool:
         or weight.device != x.device
     ):
         return False
-    if features == 0 or x.numel() == 0:
-        return False
+    return features > 0 and x.numel() > 0
+
+
+def _pays(x: Tensor, weight: Tensor | None) -> bool:
+    """A kernel was chosen for this problem."""
+    features = x.shape[-1]
     dtype = None if weight is None else weight.dtype
-    return not _choice(x.numel() // features, features, x.dtype, dtype, device)[0]
+    return not _choice(x.numel() // features, features, x.dtype, dtype, x.device.type)[0]
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -191,13 +210,26 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     x = args[0] if len(args) == 1 and not kwargs else None
     norm: Norm | None = row_of(stock)
     weight = self._parameters.get("weight")
-    if norm is None or x is None or not _applies(self, x, weight):
+    if norm is None or x is None or not _can_run(self, x, weight):
+        return stock.forward(self, *args, **kwargs)
+    group = self.__dict__.get(FEEDS)
+    wanted = None
+    if group is not None and (weight is None or weight.dtype == x.dtype or norm.result == INPUT):
+        wanted = group.wanted(self, x)
+    if wanted is None and not _pays(x, weight):
         return stock.forward(self, *args, **kwargs)
     eps = getattr(self, norm.eps)
     if eps is None:  # torch.nn.RMSNorm: of the dtype it computes in
         eps = torch.finfo(torch.float32).eps
     if not isinstance(eps, float):
         return stock.forward(self, *args, **kwargs)
+    if wanted is not None:
+        values = [a.detach() for a in wanted.lora_as]
+        y, s = rms_norm(
+            x, weight, eps, norm.offset, lora_as=values, backend=wanted.backend
+        )  # fmt: skip
+        group.offer(y, s, wanted.lora_as)
+        return y
     if weight is not None and norm.result != INPUT and weight.dtype != x.dtype:
         x = x.to(torch.float32)
     y = rms_norm(x, weight, eps, norm.offset)
