@@ -53,13 +53,13 @@ def make_mask(*args: Any, config: Any = None, **kwargs: Any) -> Tensor | None:
     """
     coder = any(getattr(config, name, False) for name in ("is_encoder_decoder", "is_decoder"))
     if not coder or _supports_sdpa(type(config)):
-        return sdpa_mask(*args, config=config, **kwargs)  # type: ignore[no-any-return]
+        return sdpa_mask(*args, config=config, **kwargs)
     kwargs["allow_is_bidirectional_skip"] = False
-    return eager_mask(*args, config=config, **kwargs)  # type: ignore[no-any-return]
+    return eager_mask(*args, config=config, **kwargs)
 
 
 @functools.cache
-def _supports_sdpa(config: type) -> bool:
+def _supports_sdpa(config: Any) -> bool:
     """Does a model of the module beside that of this configuration."""
     name = config.__module__.replace(".configuration_", ".modeling_")
     return any(
