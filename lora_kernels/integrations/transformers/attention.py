@@ -52,7 +52,7 @@ def make_mask(*args: Any, config: Any = None, **kwargs: Any) -> Tensor | None:
     is causal by its mask alone, and some of their layers add the mask to the scores by themselves.
     """
     coder = any(getattr(config, name, False) for name in ("is_encoder_decoder", "is_decoder"))
-    if not coder or _supports_sdpa(type(config)):
+    if not coder or _supports_sdpa(config.__class__):
         return sdpa_mask(*args, config=config, **kwargs)
     kwargs["allow_is_bidirectional_skip"] = False
     return eager_mask(*args, config=config, **kwargs)
