@@ -1,6 +1,7 @@
 // The few things a CUDA host entry needs from torch, on the LibTorch stable ABI: contiguous
 // operands, workspaces from torch's allocator (so that stream order and graph capture hold), the
-// current stream, errors. Needs -DTORCH_TARGET_VERSION.
+// current stream, errors, and the library that its operators belong to. Needs
+// -DTORCH_TARGET_VERSION.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -17,8 +18,12 @@
 
 #if defined(LK_EMULATOR)
 #include "emulator/scheduler.h"
+#define LK_LIBRARY lora_kernels_emulated
+#define LK_KEY CPU
 #else
 #include <cuda_runtime_api.h>
+#define LK_LIBRARY lora_kernels_cuda
+#define LK_KEY CUDA
 #endif
 
 // libtorch_cuda has it; weak, so that the library loads beside a torch that was built without CUDA.
@@ -30,6 +35,23 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 [[noreturn]] inline void fail(const std::string& message) { throw std::runtime_error(message); }
+
+// What an entry asks of its caller; messages begin with the name of its op.
+class Require {
+ public:
+  explicit constexpr Require(const char* op) : op_(op) {}
+
+  void operator()(const char* why) const {  // null: nothing is wrong
+    if (why != nullptr) refuse(why);
+  }
+  void operator()(bool right, const char* why) const {
+    if (!right) refuse(why);
+  }
+  [[noreturn]] void refuse(const std::string& why) const { fail(std::string(op_) + ": " + why); }
+
+ private:
+  const char* op_;
+};
 
 #if defined(LK_EMULATOR)
 
@@ -85,6 +107,10 @@ struct Place {
 };
 
 #endif
+
+inline bool same_device(const Tensor& t, const Tensor& other) {
+  return on_device(t) && t.get_device_index() == other.get_device_index();
+}
 
 inline Dtype dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {

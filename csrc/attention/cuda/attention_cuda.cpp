@@ -17,19 +17,11 @@ namespace lora_kernels::attention::cuda {
 namespace {
 
 using stable::check_launch;
-using stable::fail;
-using stable::on_device;
 using stable::Place;
 using stable::ScalarType;
 using stable::Tensor;
 
-void require(const char* why) {
-  if (why != nullptr) fail(std::string("attention: ") + why);
-}
-
-void require(bool right, const char* what) {
-  if (!right) fail(std::string("attention: ") + what);
-}
+constexpr stable::Require require{"attention"};
 
 // [B, S, heads, D] or packed [T, heads, D] as the kernels want it; `held` keeps a copy alive.
 struct Operand {
@@ -50,11 +42,11 @@ int64_t stride_of(const Tensor& t, int64_t d) { return t.size(d) > 1 ? t.stride(
 
 Operand as_operand(const Tensor& t, const Tensor& like, const char* name) {
   require(t.dim() == 3 || t.dim() == 4, "an operand has not three or four dimensions");
-  if (!on_device(t) || t.get_device_index() != like.get_device_index()) {
-    fail(std::string("attention: ") + name + " is on another device than q");
+  if (!stable::same_device(t, like)) {
+    require.refuse(std::string(name) + " is on another device than q");
   }
   if (t.scalar_type() != like.scalar_type()) {
-    fail(std::string("attention: ") + name + " and q differ in dtype");
+    require.refuse(std::string(name) + " and q differ in dtype");
   }
   Tensor held = t;
   if (!aligned(held)) held = torch::stable::contiguous(held);
@@ -75,9 +67,9 @@ Results as_results(const Tensor& t) {
 const void* plain(const std::optional<Tensor>& t, ScalarType type, int64_t numel, const Tensor& q,
                   const char* name) {
   if (!t.has_value()) return nullptr;
-  if (!on_device(*t) || t->get_device_index() != q.get_device_index() || !t->is_contiguous() ||
-      t->scalar_type() != type || t->numel() != numel) {
-    fail(std::string("attention: ") + name + " has another shape, dtype or device than expected");
+  if (!stable::same_device(*t, q) || !t->is_contiguous() || t->scalar_type() != type ||
+      t->numel() != numel) {
+    require.refuse(std::string(name) + " has another shape, dtype or device than expected");
   }
   return t->const_data_ptr();
 }
@@ -248,14 +240,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
 }
 
 }  // namespace
-
-#if defined(LK_EMULATOR)
-#define LK_LIBRARY lora_kernels_emulated
-#define LK_KEY CPU
-#else
-#define LK_LIBRARY lora_kernels_cuda
-#define LK_KEY CUDA
-#endif
 
 STABLE_TORCH_LIBRARY_FRAGMENT(LK_LIBRARY, m) {
   m.def(

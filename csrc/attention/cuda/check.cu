@@ -1,4 +1,5 @@
 // What the launchers accept. Host code only.
+#include "../../common/refusals.h"
 #include "launch.h"
 
 namespace lora_kernels::attention::cuda {
@@ -14,12 +15,9 @@ bool aligned(const Tensor& t) {
 }
 
 const char* const kAlignment = "a pointer or stride is no multiple of 16 bytes";
-const char* const kNull = "a pointer that is read or written is null";
 
 const char* check_problem(const AttentionParams& p) {
-  if (p.dtype != Dtype::kBFloat16 && p.dtype != Dtype::kFloat16) {
-    return "the dtype is not supported; bfloat16 and float16 are";
-  }
+  if (const char* why = check_half(p.dtype)) return why;
   if (p.head_dim != 64 && p.head_dim != 128) {
     return "the head size is not supported; 64 and 128 are";
   }

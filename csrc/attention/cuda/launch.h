@@ -7,13 +7,8 @@
 
 #include <cstddef>
 
+#include "../../common/cuda_runtime.h"
 #include "params.h"
-
-#if defined(LK_EMULATOR)
-#include "../../common/emulator/runtime.h"
-#else
-#include <cuda_runtime_api.h>
-#endif
 
 namespace lora_kernels::attention::cuda {
 

@@ -1,23 +1,15 @@
 // What the launchers accept. Host code only.
+#include "../../common/refusals.h"
 #include "launch.h"
 
 namespace lora_kernels::gated_activation::cuda {
 namespace {
 
-constexpr int64_t kMaxExtent = (int64_t{1} << 31) - 1024;
-
-const char* const kNull = "a pointer that is read or written is null";
-const char* const kStride = "a row stride is smaller than the row";
-
 template <class Params>
 const char* check_common(const Params& p) {
-  if (p.dtype != Dtype::kBFloat16 && p.dtype != Dtype::kFloat16) {
-    return "dtype is not supported; bfloat16 and float16 are";
-  }
+  if (const char* why = check_half(p.dtype)) return why;
   if (p.kind < Kind::kSilu || p.kind > Kind::kReluSquared) return "kind is unknown";
-  if (p.m < 0 || p.n < 1 || p.m > kMaxExtent || p.n > kMaxExtent) {
-    return "an extent is not in 1..2^31 - 1024";
-  }
+  if (p.m < 0 || p.n < 1 || p.m > kMaxExtent || p.n > kMaxExtent) return kExtent;
   if ((p.m * ((p.n + 7) / 8) + 255) / 256 > kMaxExtent) return "gate has too many elements";
   if (p.ldg < p.n || (p.up != nullptr && p.ldu < p.n)) return kStride;
   return p.m > 0 && p.gate == nullptr ? kNull : nullptr;

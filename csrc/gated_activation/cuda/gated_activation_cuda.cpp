@@ -20,19 +20,11 @@ namespace lora = lora_linear::cuda;
 using stable::as_matrix;
 using stable::check_launch;
 using stable::dtype_of;
-using stable::fail;
 using stable::Matrix;
-using stable::on_device;
 using stable::Place;
 using stable::Tensor;
 
-void require(const char* why) {
-  if (why != nullptr) fail(std::string("gated_activation: ") + why);
-}
-
-void require(bool right, const char* what) {
-  if (!right) fail(std::string("gated_activation: ") + what);
-}
+constexpr stable::Require require{"gated_activation"};
 
 // A matrix of the shape, dtype and device of `like`.
 Matrix matched(const Tensor& t, const char* name, const Matrix& like) {
@@ -40,8 +32,7 @@ Matrix matched(const Tensor& t, const char* name, const Matrix& like) {
   require(m.rows == like.rows && m.columns == like.columns &&
               t.scalar_type() == like.tensor.scalar_type(),
           "an operand has another shape or dtype than gate");
-  require(on_device(t) && t.get_device_index() == like.tensor.get_device_index(),
-          "an operand is on another device than gate");
+  require(stable::same_device(t, like.tensor), "an operand is on another device than gate");
   return m;
 }
 
@@ -51,8 +42,7 @@ std::vector<Matrix> adapters(const std::vector<Tensor>& tensors, const Matrix& g
     found.push_back(as_matrix(t, "an adapter"));
     require((columns ? found.back().columns : found.back().rows) == gate.columns,
             "an adapter does not fit gate");
-    require(on_device(t) && t.get_device_index() == gate.tensor.get_device_index(),
-            "an adapter is on another device than gate");
+    require(stable::same_device(t, gate.tensor), "an adapter is on another device than gate");
   }
   return found;
 }
@@ -106,29 +96,9 @@ std::tuple<Tensor, Tensor> forward(Tensor gate_in, std::optional<Tensor> up_in, 
   check_launch(launch_activate(p, place.stream), "activate");
   if (together) return {h, s};
 
-  lora::ShrinkParams shrink{};
-  shrink.dtype = dtype;
-  shrink.x = h.const_data_ptr();
-  shrink.ldx = shrink.k = gate.columns;
-  shrink.m = gate.rows;
-  shrink.members = static_cast<int>(a.size());
-  int64_t column = 0, padded = 0;
-  for (size_t j = 0; j < a.size(); ++j) {
-    shrink.member[j] = {operands[j].data, operands[j].ld, a[j].rows, column, padded, 1.0f};
-    column += a[j].rows;
-    padded += lora::padded_rank(a[j].rows);
-  }
-  shrink.s = s.mutable_data_ptr();
-  shrink.lds = columns;
-  shrink.keep_scale = 1.0f;
-  shrink.sm_count = place.sm_count;
-  Tensor shrink_space = stable::workspace(gate.tensor, lora::shrink_workspace(shrink));
-  shrink.workspace = shrink_space.mutable_data_ptr();
-  require(lora::check(shrink));
-  check_launch(lora::launch_shrink(shrink, place.stream), "shrink");
+  lora::shrink_rows(h, dtype, a, operands, s, place);
   return {h, s};
 }
-
 
 // dS, its columns padded where pass_over made it, and the dBs.
 struct Products {
@@ -199,7 +169,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
   if (s_in.has_value()) {
     s = as_matrix(*s_in, "s");
     require(s.rows == gate.rows && s.columns == columns && dtype_of(*s_in, "s") == dtype &&
-                on_device(*s_in),
+                stable::same_device(*s_in, gate.tensor),
             "s has another shape, dtype or device than the adapters say");
     int64_t column = 0;
     for (const Matrix& m : b) {
@@ -266,14 +236,6 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
 }
 
 }  // namespace
-
-#if defined(LK_EMULATOR)
-#define LK_LIBRARY lora_kernels_emulated
-#define LK_KEY CPU
-#else
-#define LK_LIBRARY lora_kernels_cuda
-#define LK_KEY CUDA
-#endif
 
 // dup is dgate without up. Where a rank is above 32, ds has padded columns: those of a member begin
 // at the sum of the ranks before, each rounded up to a multiple of 8.

@@ -1,10 +1,9 @@
 // What the launchers accept. Host code only.
+#include "../../common/refusals.h"
 #include "launch.h"
 
 namespace lora_kernels::lora_linear::cuda {
 namespace {
-
-constexpr int64_t kMaxExtent = (int64_t{1} << 31) - 1024;
 
 const char* check_dtype(Dtype dtype) {
   if (dtype == Dtype::kFloat32) {
@@ -21,9 +20,7 @@ bool extent(int64_t value) { return value >= 0 && value <= kMaxExtent; }
 const char* const kExtent = "an extent is negative or at least 2^31 - 1024";
 const char* const kMembers = "the group is empty or has more than 8 members";
 const char* const kRank = "a rank is not in 1..256";
-const char* const kStride = "a row stride is smaller than the row";
 const char* const kColumn = "a padded column is not a multiple of 8 or leaves its buffer";
-const char* const kNull = "a pointer that is read or written is null";
 
 // Columns [column, column + padded rank) of a buffer with row stride ld; ld = 0: no buffer.
 const char* check_columns(int64_t rank, int64_t column, int64_t ld) {

@@ -19,19 +19,11 @@ namespace {
 using stable::as_matrix;
 using stable::check_launch;
 using stable::dtype_of;
-using stable::fail;
 using stable::Matrix;
-using stable::on_device;
 using stable::Place;
 using stable::Tensor;
 
-void require(const char* why) {
-  if (why != nullptr) fail(std::string("lora_linear: ") + why);
-}
-
-void require(bool right, const char* what) {
-  if (!right) fail(std::string("lora_linear: ") + what);
-}
+constexpr stable::Require require{"lora_linear"};
 
 // The GEMM of this device and these operands; `name` is "auto" or one kernel by name.
 void run_gemm(const GemmParams& p, const std::string& name, const Place& place) {
@@ -58,9 +50,9 @@ void run_gemm(const GemmParams& p, const std::string& name, const Place& place) 
     require(check_sm90(p, known.config));
     return check_launch(launch_gemm_sm90(p, known.config, place.stream), "gemm_sm90");
   }
-  fail("lora_linear: gemm='" + name +
-       "' is unknown; accepted: auto, sm80, sm90, sm90_128x256_cluster, sm90_128x256, "
-       "sm90_128x128_cluster, sm90_128x128");
+  require.refuse("gemm='" + name +
+                 "' is unknown; accepted: auto, sm80, sm90, sm90_128x256_cluster, sm90_128x256, "
+                 "sm90_128x128_cluster, sm90_128x128");
 }
 
 struct Ranks {
@@ -96,8 +88,7 @@ void check_group(const Matrix& x, const std::vector<Matrix>& w, const std::vecto
             "the shapes of x, weight, lora_a and lora_b do not fit");
     require(w[g].tensor.scalar_type() == x.tensor.scalar_type(), "weight and x differ in dtype");
     for (const Matrix* m : {&w[g], &a[g], &b[g]}) {
-      require(on_device(m->tensor) && m->tensor.get_device_index() == x.tensor.get_device_index(),
-              "an operand is on another device than x");
+      require(stable::same_device(m->tensor, x.tensor), "an operand is on another device than x");
     }
   }
 }
@@ -108,10 +99,10 @@ std::optional<Matrix> given(const std::optional<Tensor>& t, const char* name, co
   if (!t.has_value()) return std::nullopt;
   const Matrix m = as_matrix(*t, name);
   if (m.rows != x.rows || m.columns != ranks || t->scalar_type() != x.tensor.scalar_type() ||
-      !on_device(*t) || t->get_device_index() != x.tensor.get_device_index()) {
-    fail(std::string("lora_linear: ") + name + " has another shape, dtype or device than x asks for");
+      !stable::same_device(*t, x.tensor)) {
+    require.refuse(std::string(name) + " has another shape, dtype or device than x asks for");
   }
-  if (threshold != 0) fail(std::string("lora_linear: ") + name + " is given with dropout");
+  if (threshold != 0) require.refuse(std::string(name) + " is given with dropout");
   return m;
 }
 
@@ -335,14 +326,6 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> backward(
 std::string build_info() { return std::string("nvcc ") + LK_NVCC_VERSION + "; " + LK_CUDA_TARGETS; }
 
 }  // namespace
-
-#if defined(LK_EMULATOR)
-#define LK_LIBRARY lora_kernels_emulated
-#define LK_KEY CPU
-#else
-#define LK_LIBRARY lora_kernels_cuda
-#define LK_KEY CUDA
-#endif
 
 STABLE_TORCH_LIBRARY_FRAGMENT(LK_LIBRARY, m) {
   m.def(

@@ -1,4 +1,5 @@
-// Operands and dropout as the kernels want them, from tensors. Host code of the entries.
+// Operands and dropout as the kernels want them, from tensors; S of rows that are in memory. Host
+// code of the entries.
 #pragma once
 
 #include <optional>
@@ -80,5 +81,31 @@ class Pads {
   std::vector<stable::Tensor> copies_;
   PadParams params_;
 };
+
+// S = x [a_0; a_1; ..]^T for an op whose own pass makes S of few ranks only. x and s are contiguous.
+inline void shrink_rows(const stable::Tensor& x, Dtype dtype, const std::vector<stable::Matrix>& a,
+                        const std::vector<Operand>& operands, stable::Tensor& s,
+                        const stable::Place& place) {
+  ShrinkParams p{};
+  p.dtype = dtype;
+  p.x = x.const_data_ptr();
+  p.m = x.size(0);
+  p.ldx = p.k = x.size(1);
+  p.members = static_cast<int>(a.size());
+  int64_t column = 0, padded = 0;
+  for (size_t j = 0; j < a.size(); ++j) {
+    p.member[j] = {operands[j].data, operands[j].ld, a[j].rows, column, padded, 1.0f};
+    column += a[j].rows;
+    padded += padded_rank(a[j].rows);
+  }
+  p.s = s.mutable_data_ptr();
+  p.lds = column;
+  p.keep_scale = 1.0f;
+  p.sm_count = place.sm_count;
+  stable::Tensor space = stable::workspace(x, shrink_workspace(p));
+  p.workspace = space.mutable_data_ptr();
+  if (const char* why = check(p)) stable::fail(why);
+  stable::check_launch(launch_shrink(p, place.stream), "shrink");
+}
 
 }  // namespace lora_kernels::lora_linear::cuda

@@ -1,15 +1,11 @@
 // What the launchers accept, and the launcher that picks an element type. Host code only.
 #include <initializer_list>
 
+#include "../../common/refusals.h"
 #include "skinny_gemm_split.h"
 
 namespace lora_kernels::quant_linear::cuda {
 namespace {
-
-constexpr int64_t kMaxExtent = (int64_t{1} << 31) - 1024;
-const char* const kExtent = "an extent is not in 1..2^31 - 1024";
-const char* const kNull = "a pointer that is read or written is null";
-const char* const kStride = "a row stride is smaller than the row";
 
 bool multiple(int64_t value, int64_t of) { return value % of == 0; }
 
@@ -96,9 +92,7 @@ const char* check_low_rank(const SkinnyParams& p) {
 }
 
 const char* check(const SkinnyParams& p) {
-  if (p.dtype != Dtype::kBFloat16 && p.dtype != Dtype::kFloat16) {
-    return "dtype is not supported; bfloat16 and float16 are";
-  }
+  if (const char* why = check_half(p.dtype)) return why;
   if (p.m < 0 || p.m > kMaxSkinnyRows) return "the rows are not in 0..128";
   if (const char* why = check_weight(p.w)) return why;
   if (!multiple(p.w.k, 32)) return "K is no multiple of 32";

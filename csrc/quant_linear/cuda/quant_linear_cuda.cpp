@@ -22,20 +22,13 @@ using lora::ceil_div;
 using stable::as_matrix;
 using stable::check_launch;
 using stable::dtype_of;
-using stable::fail;
 using stable::Matrix;
 using stable::on_device;
 using stable::Place;
 using stable::ScalarType;
 using stable::Tensor;
 
-void require(const char* why) {
-  if (why != nullptr) fail(std::string("quant_linear: ") + why);
-}
-
-void require(bool right, const char* what) {
-  if (!right) fail(std::string("quant_linear: ") + what);
-}
+constexpr stable::Require require{"quant_linear"};
 
 // Spec of a weight as cuda.py passes it; formats.py says what its parts are.
 struct Spec {
@@ -48,8 +41,7 @@ struct Spec {
 const void* part(const std::vector<Tensor>& parts, size_t index, ScalarType type, int64_t length) {
   require(index < parts.size(), "parts are missing");
   const Tensor& t = parts[index];
-  require(on_device(t) && t.get_device_index() == parts[0].get_device_index(),
-          "a part is on another device");
+  require(stable::same_device(t, parts[0]), "a part is on another device");
   require(t.scalar_type() == type, "a part has another dtype than its format");
   require(t.numel() == length && t.is_contiguous(), "a part has another shape than its format");
   return t.const_data_ptr();
@@ -59,7 +51,7 @@ int log2_of(int64_t value) {
   for (int i = 0; i < 31; ++i) {
     if (value == int64_t{1} << i) return i;
   }
-  fail("quant_linear: the block size is no power of two");
+  require.refuse("the block size is no power of two");
 }
 
 void fill_flat(QuantWeight& w, const Spec& s, const std::vector<Tensor>& parts) {
@@ -120,7 +112,7 @@ QuantWeight make_weight(const Spec& s, const std::vector<Tensor>& parts, bool in
   } else if (s.layout == "gptq" || s.layout == "gptq_v1" || s.layout == "awq") {
     fill_int4(w, s, parts, in_order);
   } else {
-    fail("quant_linear: layout '" + s.layout + "' is unknown");
+    require.refuse("layout '" + s.layout + "' is unknown");
   }
   return w;
 }
@@ -248,8 +240,7 @@ class Skinny {
                 b.size(1) == a.size(0),
             "the shapes of x, weight, lora_a and lora_b do not fit");
     for (const Tensor* t : {&a, &b}) {
-      require(on_device(*t) && t->get_device_index() == z_.tensor.get_device_index(),
-              "an operand is on another device than x");
+      require(stable::same_device(*t, z_.tensor), "an operand is on another device than x");
     }
     const Factor of_a{a.const_data_ptr(), dtype_of(a, "lora_a"), a.stride(0), a.stride(1)};
     const Factor of_b{b.const_data_ptr(), dtype_of(b, "lora_b"), b.stride(1), b.stride(0)};
@@ -268,8 +259,7 @@ class Skinny {
   }
 
   void add_bias(const Tensor& bias) {
-    require(bias.numel() == p.w.n && on_device(bias) &&
-                bias.get_device_index() == z_.tensor.get_device_index(),
+    require(bias.numel() == p.w.n && stable::same_device(bias, z_.tensor),
             "the bias has another length or device than the weight");
     bias_ = torch::stable::contiguous(bias);
     p.bias = bias_->const_data_ptr();
@@ -326,14 +316,6 @@ Tensor dgrad(Tensor dy, std::vector<Tensor> parts, std::string layout, int64_t n
 }
 
 }  // namespace
-
-#if defined(LK_EMULATOR)
-#define LK_LIBRARY lora_kernels_emulated
-#define LK_KEY CPU
-#else
-#define LK_LIBRARY lora_kernels_cuda
-#define LK_KEY CUDA
-#endif
 
 STABLE_TORCH_LIBRARY_FRAGMENT(LK_LIBRARY, m) {
   m.def(

@@ -1,6 +1,7 @@
 // Launchers of norm.cuh, and what they accept.
 #include "launch.h"
 
+#include "../../common/refusals.h"
 #include "../../lora_linear/cuda/params.h"
 #include "../../lora_linear/cuda/split.h"
 #include "norm.cuh"
@@ -12,20 +13,12 @@ using lora_linear::cuda::ceil_div;
 
 namespace {
 
-constexpr int64_t kMaxExtent = (int64_t{1} << 31) - 1024;
-const char* const kNull = "a pointer that is read or written is null";
-const char* const kStride = "a row stride is smaller than the row";
-
 static_assert(NormalizeShape<kMaxShrinkColumns>::kShared <= (98 << 10));
 
 template <class Params>
 const char* check_common(const Params& p) {
-  if (p.dtype != Dtype::kBFloat16 && p.dtype != Dtype::kFloat16) {
-    return "dtype is not supported; bfloat16 and float16 are";
-  }
-  if (p.m < 0 || p.k < 1 || p.m > kMaxExtent || p.k > kMaxExtent) {
-    return "an extent is not in 1..2^31 - 1024";
-  }
+  if (const char* why = check_half(p.dtype)) return why;
+  if (p.m < 0 || p.k < 1 || p.m > kMaxExtent || p.k > kMaxExtent) return kExtent;
   if (p.ldx < p.k) return kStride;
   return p.m > 0 && (p.x == nullptr || p.rstd == nullptr) ? kNull : nullptr;
 }

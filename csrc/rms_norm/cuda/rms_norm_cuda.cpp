@@ -19,26 +19,19 @@ namespace lora = lora_linear::cuda;
 using stable::as_matrix;
 using stable::check_launch;
 using stable::dtype_of;
-using stable::fail;
 using stable::Matrix;
-using stable::on_device;
 using stable::Place;
 using stable::ScalarType;
 using stable::Tensor;
 
-void require(const char* why) {
-  if (why != nullptr) fail(std::string("rms_norm: ") + why);
-}
-
-void require(bool right, const char* what) {
-  if (!right) fail(std::string("rms_norm: ") + what);
-}
+constexpr stable::Require require{"rms_norm"};
 
 // The weight as the kernels read it, contiguous; what it returns has to outlive the launch.
 template <class Params>
 std::optional<Tensor> add_weight(Params& p, const std::optional<Tensor>& weight, const Matrix& x) {
   if (!weight.has_value()) return std::nullopt;
-  require(weight->numel() == x.columns && on_device(*weight), "weight does not fit x");
+  require(weight->numel() == x.columns && stable::same_device(*weight, x.tensor),
+          "weight does not fit x");
   Tensor held = torch::stable::contiguous(*weight);
   p.weight = held.const_data_ptr();
   p.weight_dtype = dtype_of(held, "weight");
@@ -58,7 +51,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x_in, std::optional<Tensor> we
   int64_t columns = 0;
   for (const Tensor& t : lora_as) {
     a.push_back(as_matrix(t, "lora_a"));
-    require(a.back().columns == x.columns && on_device(t), "lora_a does not fit x");
+    require(a.back().columns == x.columns && stable::same_device(t, x.tensor),
+            "lora_a does not fit x");
     operands.push_back(pads.add(a.back(), 0, x.columns));
     columns += a.back().rows;
   }
@@ -91,26 +85,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x_in, std::optional<Tensor> we
   check_launch(launch_normalize(p, place.stream), "normalize");
   if (together) return {y, rstd, s};
 
-  lora::ShrinkParams shrink{};
-  shrink.dtype = dtype;
-  shrink.x = y.const_data_ptr();
-  shrink.ldx = shrink.k = x.columns;
-  shrink.m = x.rows;
-  shrink.members = static_cast<int>(a.size());
-  int64_t column = 0, padded = 0;
-  for (size_t j = 0; j < a.size(); ++j) {
-    shrink.member[j] = {operands[j].data, operands[j].ld, a[j].rows, column, padded, 1.0f};
-    column += a[j].rows;
-    padded += lora::padded_rank(a[j].rows);
-  }
-  shrink.s = s.mutable_data_ptr();
-  shrink.lds = columns;
-  shrink.keep_scale = 1.0f;
-  shrink.sm_count = place.sm_count;
-  Tensor space = stable::workspace(x.tensor, lora::shrink_workspace(shrink));
-  shrink.workspace = space.mutable_data_ptr();
-  require(lora::check(shrink));
-  check_launch(lora::launch_shrink(shrink, place.stream), "shrink");
+  lora::shrink_rows(y, dtype, a, operands, s, place);
   return {y, rstd, s};
 }
 
@@ -120,10 +95,10 @@ std::tuple<Tensor, Tensor> backward(Tensor dy_in, Tensor x_in, std::optional<Ten
   const Matrix x = as_matrix(x_in, "x"), dy = as_matrix(dy_in, "dy");
   const Dtype dtype = dtype_of(x_in, "x");
   require(dy.rows == x.rows && dy.columns == x.columns && dtype_of(dy_in, "dy") == dtype &&
-              on_device(dy_in),
+              stable::same_device(dy_in, x.tensor),
           "dy has another shape, dtype or device than x");
-  require(rstd.numel() == x.rows && dtype_of(rstd, "rstd") == Dtype::kFloat32 && on_device(rstd) &&
-              rstd.is_contiguous(),
+  require(rstd.numel() == x.rows && dtype_of(rstd, "rstd") == Dtype::kFloat32 &&
+              stable::same_device(rstd, x.tensor) && rstd.is_contiguous(),
           "rstd is not that of forward");
   GradientParams p{};
   p.dtype = dtype;
@@ -150,14 +125,6 @@ std::tuple<Tensor, Tensor> backward(Tensor dy_in, Tensor x_in, std::optional<Ten
 }
 
 }  // namespace
-
-#if defined(LK_EMULATOR)
-#define LK_LIBRARY lora_kernels_emulated
-#define LK_KEY CPU
-#else
-#define LK_LIBRARY lora_kernels_cuda
-#define LK_KEY CUDA
-#endif
 
 STABLE_TORCH_LIBRARY_FRAGMENT(LK_LIBRARY, m) {
   m.def(
