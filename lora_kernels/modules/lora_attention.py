@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.errors import InvalidArgumentError
+from lora_kernels.modules.handed_shrink import Switch
 from lora_kernels.modules.lora_qkv import LoRAQKV
 from lora_kernels.modules.projections import check_layers, check_names, make_projection
 from lora_kernels.ops import attention
@@ -90,6 +91,8 @@ class LoRAAttention(LoRAQKV):
         q_norm: nn.Module | None = None,
         k_norm: nn.Module | None = None,
         interleaved: bool = False,
+        input_norm: nn.Module | None = None,
+        fused_shrink: Switch = "auto",
         causal: bool = True,
         window: tuple[int, int] | None = None,
         scale: float | None = None,
@@ -109,7 +112,8 @@ class LoRAAttention(LoRAQKV):
         *projections, output = layers
         made = super().from_layers(
             *projections, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
-            q_norm=q_norm, k_norm=k_norm, interleaved=interleaved,
+            q_norm=q_norm, k_norm=k_norm, interleaved=interleaved, input_norm=input_norm,
+            fused_shrink=fused_shrink,
         )  # fmt: skip
         check_layers({"o_proj": output}, made.num_heads * made.head_dim)
         made.o_proj = output

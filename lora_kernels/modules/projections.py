@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.errors import InvalidArgumentError
-from lora_kernels.modules import grouped_linear, grouped_lora_linear
-from lora_kernels.modules.grouped_lora_linear import GROUPED
+from lora_kernels.modules import grouped_linear
+from lora_kernels.modules.input_norm import Given, adapted
 from lora_kernels.modules.layer_group import (
     AnyOperands,
     Operands,
@@ -25,14 +25,15 @@ from lora_kernels.modules.quant_lora_linear import QuantLoRALinear
 _LAYERS = (nn.Linear, LoRATransposedLinear, QuantLinear)  # LoRALinear is an nn.Linear
 
 
-def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+def project(layers: Sequence[nn.Module], x: Tensor, given: Given | None = None) -> list[Tensor]:
     """The result of every layer for x. Those that are exactly LoRALinear (all or none with DoRA),
     or all QuantLoRALinear, have no hooks, and agree on dropout and dtypes are one call of the op,
     in which each drops its own elements of x. Frozen nn.Linear beside LoRALinear are part of it.
+    `given`: S of x, used where it is of just these adapters.
     """
     together: dict[int, AnyOperands] = {}
     for i, layer in enumerate(layers):
-        found = grouped_lora_linear.operands(layer, x) if _is_adapted(layer) else None
+        found = adapted(layer, x)
         first = next(iter(together.values()), found)
         if found is not None and first is not None and agree(first, found):
             together[i] = found
@@ -45,15 +46,11 @@ def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
             if found is not None and agree(first, found):
                 together[i] = found
     results: dict[int, Tensor] = {}
-    if len(together) > 1:
-        ys = compute_together(x, list(together.values()))
+    shrunk = None if given is None else given.of(list(together.values()))
+    if len(together) > 1 or shrunk is not None:
+        ys = compute_together(x, list(together.values()), shrunk)
         results = dict(zip(together, ys, strict=True))
     return [results[i] if i in results else layer(x) for i, layer in enumerate(layers)]
-
-
-def _is_adapted(layer: nn.Module) -> bool:
-    exact = type(layer) in (*GROUPED, *GROUPED.values())
-    return exact and not grouped_linear.has_hooks(layer) and "forward" not in layer.__dict__
 
 
 def make_projection(
