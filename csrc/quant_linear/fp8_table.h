@@ -1,5 +1,5 @@
-// FP8 (e4m3fn) to bf16 by table, the scale already in the table: one look-up for the low and one for
-// the high byte of 64 weights, so that a scale costs 128 products and not one for each weight.
+// FP8 (e4m3fn) to bf16 by table, the scale already in the table: one look-up for the low and one
+// for the high byte of 64 weights, so that a scale costs 128 products, not one for each weight.
 //
 // The values are those of fp8_lanes times the scale, rounded once. NaN stays NaN.
 // Needs AVX512-VBMI, which every machine with AMX has; a hypervisor may hide it.
@@ -45,11 +45,11 @@ struct alignas(64) Fp8Table {
   }
 };
 
-// 64 columns of `rows` rows of codes, each row through the table at tables + i * step: 32 columns at
-// dst + 32 i, 32 at dst + stride + 32 i. Of the last columns only `count` are there, the rest is zero.
+// 64 columns of `rows` rows of codes, each row through its table or all through one: 32 columns at
+// dst + 32 i, 32 at dst + stride + 32 i. Where the row ends, `count` columns are there, then zeros.
 template <bool kOneTable, bool kWhole>
-LK_VBMI inline void look_up_fp8(const uint8_t* codes, int64_t row_bytes, int64_t rows, int64_t count,
-                                const Fp8Table* tables, bf16* dst, int64_t stride,
+LK_VBMI inline void look_up_fp8(const uint8_t* codes, int64_t row_bytes, int64_t rows,
+                                int64_t count, const Fp8Table* tables, bf16* dst, int64_t stride,
                                 const uint8_t* next) {
   const __mmask64 valid = kWhole ? ~__mmask64{0} : (__mmask64{1} << count) - 1u;
   // Eight bytes that unpacking will bring together.

@@ -1,5 +1,5 @@
-// The forward of up to 32 rows of X on AMX-BF16: W is read once, strip by strip, and decoded into two
-// half strips of one group that never leave L1.
+// The forward of up to 32 rows of X on AMX-BF16: W is read once, strip by strip, and decoded into
+// two half strips of one group that never leave L1.
 #pragma once
 
 #include "fp8_table.h"
