@@ -109,11 +109,12 @@ _TABLE |= {
 _LAYERS = [
     ("gate_proj", "up_proj", "down_proj"), ("wi_0", "wi_1", "wo"), ("w1", "w3", "w2"),
     ("gate_up_proj", "", "down_proj"), ("up_proj", "", "down_proj"), ("fc1", "", "fc2"),
+    ("Wi", "", "Wo"),
     ("c_fc", "", "c_proj"), ("wi", "", "wo"), ("lin1", "", "lin2"), ("linear1", "", "linear2"),
     ("dense_h_to_4h", "", "dense_4h_to_h"), ("fc_in", "", "fc_out"), ("ffn", "", "ffn_output"),
     ("intermediate_dense", "", "output_dense"), ("intermediate.dense", "", "output.dense"),
 ]  # fmt: skip
-_PACKED = ("gate_up_proj",)
+_PACKED = ("gate_up_proj", "Wi")
 _ACTIVATIONS = (
     "act_fn", "act", "activation_fn", "activation", "intermediate_act_fn", "activation_function",
 )  # fmt: skip

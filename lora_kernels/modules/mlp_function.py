@@ -29,7 +29,7 @@ _PRODUCTS = {("cpu", torch.bfloat16), ("cpu", torch.float32)}
 class Plan(NamedTuple):
     """What is no tensor. `rates`: dropout of gate and up, and of down. `products`, `shrink`: the
     backend of gated_activation that makes dS and dB of gate and up, and S of down, on its way;
-    empty: the layers make them."""
+    empty: the layers make them. `packed`: one layer makes gate and up, in this order."""
 
     kind: str
     recompute: bool
@@ -38,17 +38,19 @@ class Plan(NamedTuple):
     backend: str
     products: str = ""
     shrink: str = ""
+    packed: bool = False
 
 
 def fused_mlp(
     x: Tensor, first: Sequence[Operands | None], down: Operands | None, kind: str,
-    recompute: bool, shrink: Switch = False, shrunk: Tensor | None = None,
+    recompute: bool, shrink: Switch = False, shrunk: Tensor | None = None, packed: bool = False,
 ) -> Tensor | None:  # fmt: skip
     """The result of the MLP for x ``[..., hidden_size]``; None where its layers have to be called
     one by one.
 
     Args:
-        first: operands of gate and up, or of up alone; None: such a layer computes by itself.
+        first: operands of gate and up, or of up alone, or with `packed` of the layer that makes
+            gate and up side by side; None: such a layer computes by itself.
         down: of the down projection.
         kind: as in :func:`lora_kernels.ops.gated_activation`.
         recompute: H is computed again in the backward.
@@ -73,7 +75,8 @@ def fused_mlp(
     name = _dispatch.requested_backend(None)
     plan = Plan(
         kind, recompute and _nobody_packs(), tuple(o.scaling for o in dense), rates, name,
-        *_made_in_the_activation(x, dense, kind, rates, shrink, name),
+        *(("", "") if packed else _made_in_the_activation(x, dense, kind, rates, shrink, name)),
+        packed,
     )  # fmt: skip
     if shrunk is not None:
         fits = shrunk.dtype == x.dtype and rates[0] == 0.0
@@ -135,7 +138,7 @@ def _nobody_packs() -> bool:
 class MlpFunction(torch.autograd.Function):
     """(x [M, K], plan, seed of gate and up, seed of down, given S of gate and up, *weights,
     *lora_as, *lora_bs, *biases) -> y [M, N]. The lists are in the order of gate, up, down, or up,
-    down."""
+    down, or gate and up as one layer, down."""
 
     @staticmethod
     def forward(
@@ -149,7 +152,10 @@ class MlpFunction(torch.autograd.Function):
             plan.rates[0], seed, plan.backend, None, shrunk,
         )  # fmt: skip
         s = s if shrunk is None else shrunk
-        gate, up = made if n == 3 else (made[0], None)
+        if plan.packed:
+            gate, up = made[0].chunk(2, 1)
+        else:
+            gate, up = made if n == 3 else (made[0], None)
         beside = lora_as[-1:] if plan.shrink else []
         h, made_s = _ops.gated_activation_fwd(
             gate, up, plan.kind, beside, plan.shrink or plan.backend
@@ -181,7 +187,8 @@ class MlpFunction(torch.autograd.Function):
             plan.rates[1], seed_down, below, need_a[-1], need_b[-1], plan.backend,
         )  # fmt: skip
         del h
-        dx, das, dbs, dys = None, [], [], [None] * (n - 1)
+        dx, das, dbs = None, [], []
+        dys: list[Any] = [None] * (n - 1)
         if below:
             inner_b = any(need_b[:-1])
             with_products = bool(plan.products) and (need_x or any(need_a[:-1]))
@@ -191,6 +198,8 @@ class MlpFunction(torch.autograd.Function):
                 plan.products if with_products else plan.backend,
             )  # fmt: skip
             dys = [dgate] if up is None else [dgate, dup]
+            if plan.packed:
+                dys = [torch.cat((dgate, dup), 1)]
             dx, das, dbs = _ops.lora_linear_bwd(
                 dys, x, weights[:-1], lora_as[:-1], lora_bs[:-1], s, plan.scalings[:-1],
                 plan.rates[0], seed, need_x, any(need_a[:-1]), inner_b and not made, plan.backend,

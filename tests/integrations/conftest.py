@@ -51,6 +51,21 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     return calls
 
 
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each MLP of a fused block that was called, whether it was one node."""
+    found: list[bool] = []
+    whole = mlp_blocks._as_one
+
+    def recorded(*args: object) -> torch.Tensor | None:
+        y = whole(*args)
+        found.append(y is not None)
+        return y
+
+    monkeypatch.setattr(mlp_blocks, "_as_one", recorded)
+    return found
+
+
 @pytest.fixture(autouse=True)
 def fresh_warnings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Warnings are given once per process; each test starts anew, in the default environment."""

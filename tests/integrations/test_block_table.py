@@ -23,6 +23,10 @@ def test_registering_checks_its_arguments(monkeypatch):
     with pytest.raises(InvalidArgumentError, match="replace=True"):
         blocks.register_block(nn.Bilinear, ("a", "b"))
     blocks.register_block(nn.Bilinear, ("a", "b"), replace=True)
+    with pytest.raises(InvalidArgumentError, match="gate, down and act"):
+        blocks.register_block(nn.Bilinear, mlp=blocks.Mlp("a", "", "b", ""), replace=True)
+    blocks.register_block(nn.Bilinear, mlp=blocks.Mlp("a", "", "b", "act"), replace=True)
+    assert blocks.row_of(nn.Bilinear).mlp.down == "b"
 
 
 def test_every_row_is_what_transformers_does():

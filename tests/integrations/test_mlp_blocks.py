@@ -14,20 +14,6 @@ import lora_kernels as lk
 from lora_kernels.integrations.peft import mlp_blocks
 
 
-@pytest.fixture
-def nodes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Of each fused block that was called, whether it was one node."""
-    found, whole = [], mlp_blocks._as_one
-
-    def recorded(*args: object) -> torch.Tensor | None:
-        y = whole(*args)
-        found.append(y is not None)
-        return y
-
-    monkeypatch.setattr(mlp_blocks, "_as_one", recorded)
-    return found
-
-
 def entries(report: object) -> list[dict]:
     return [g for g in report.groups if g["kind"] == mlp_blocks.KIND]
 

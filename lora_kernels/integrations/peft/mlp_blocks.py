@@ -212,7 +212,7 @@ def _operands(layer: Any, x: Tensor) -> Operands | None:
 def _as_one(block: Any, mlp: Mlp, x: Tensor, kind: str) -> Tensor | None:
     """The block as one node, dropout of its result aside; None where that cannot be."""
     first = [child(block, name) for name in (mlp.gate, mlp.up) if name]
-    if mlp.packed or (len(first) > 1 and not _grouped(first)):
+    if len(first) > 1 and not mlp.inside and not _grouped(first):
         return None
     found = []
     for layer in (*first, child(block, mlp.down)):
@@ -223,7 +223,7 @@ def _as_one(block: Any, mlp: Mlp, x: Tensor, kind: str) -> Tensor | None:
     group = group_of(first[0])
     shrunk = None if group is None else group.take(x, found[:-1])
     shrink = block.__dict__.get(SHRINK, False)
-    return fused_mlp(x, found[:-1], found[-1], kind, block.recompute, shrink, shrunk)
+    return fused_mlp(x, found[:-1], found[-1], kind, block.recompute, shrink, shrunk, mlp.packed)
 
 
 def _grouped(layers: list[nn.Module]) -> bool:
