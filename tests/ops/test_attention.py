@@ -150,9 +150,10 @@ def test_rows_without_a_key(backend, sinks):
     assert torch.equal(got["lse"][1], want[:, None].expand(4, 9))
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 @pytest.mark.parametrize("shape", [{"B": 0}, {"S": 0}, {"Sk": 0}, {"lengths": (0, 0)}])
-def test_nothing_to_do(backend, shape):
-    got = attention_op(attention_inputs(**shape, Hk=2), backend)
+def test_nothing_to_do(backend, shape, dropout_p):
+    got = attention_op(attention_inputs(**shape, Hk=2, dropout_p=dropout_p, seed=1), backend)
     assert not any(t.any() for name, t in got.items() if name != "lse")
     assert (got["lse"] == -torch.inf).all()
 

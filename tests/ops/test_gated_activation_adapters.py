@@ -133,6 +133,10 @@ def test_public_form(backend):
     (h.sum() + s.sum()).backward()  # s counts as a value
     (dgate,) = torch.autograd.grad(gated_activation(gate, i.up, backend=backend).sum(), gate)
     assert torch.equal(gate.grad, dgate)
+    trained = [a.detach().requires_grad_() for a in i.lora_as]
+    assert not gated_activation(gate.detach(), i.up, lora_as=trained, backend=backend)[
+        1
+    ].requires_grad
 
 
 def test_opcheck(backend):

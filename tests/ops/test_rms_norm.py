@@ -162,6 +162,8 @@ def test_s_is_a_value(backend):
         w, b = torch.zeros(3, 40), torch.eye(3, 4)
         whole = lora_linear(y, w, a, b, 1.0, backend="reference")
     assert_within_budget(s[:, :3], whole.double(), whole)
+    y, s = rms_norm(x.detach(), None, lora_as=[a], backend=backend)
+    assert not y.requires_grad and not s.requires_grad
 
 
 def test_second_derivatives_are_refused(backend):

@@ -94,7 +94,7 @@ def _weights(
     every = terms.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
     p, sink = every[..., :keys], every[..., keys:]
     dropped = torch.ones_like(p)
-    if dropout_p != 0.0 and seed is not None:
+    if dropout_p != 0.0 and seed is not None and p.numel():
         streams = range(first_stream, first_stream + p.shape[0] * p.shape[1])
         seed = seed.to(q.device)
         kept = [_philox.keep_mask(seed, rows, keys, dropout_p, stream) for stream in streams]

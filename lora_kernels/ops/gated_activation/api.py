@@ -64,13 +64,13 @@ def gated_activation(
     name = _dispatch.requested_backend(backend)
     rows = _rows(gate)
     factor = None if up is None else _rows(up)
+    values = [a.detach() for a in lora_as]
     if torch.is_grad_enabled() and (gate.requires_grad or (up is not None and up.requires_grad)):
         if factor is not None and up is gate and torch.compiler.is_compiling():
             factor = factor.view_as(factor)  # no autograd function is traced with a tensor twice
-        values = [a.detach() for a in lora_as]
         h, s = autograd.GatedActivationFunction.apply(rows, factor, kind, name, *values)
     else:
-        h, s = contract.fwd(rows, factor, kind, list(lora_as), name)
+        h, s = contract.fwd(rows, factor, kind, values, name)
     h = _like(h, gate)
     return (h, _like(s, gate)) if lora_as else h
 

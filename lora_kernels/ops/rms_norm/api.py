@@ -53,10 +53,11 @@ def rms_norm(
     rows = x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
     eps, offset = float(eps), float(offset)
     wanted = x.requires_grad or (weight is not None and weight.requires_grad)
+    values = [a.detach() for a in lora_as]
     if torch.is_grad_enabled() and wanted:
-        y, s = autograd.RmsNormFunction.apply(rows, weight, eps, offset, name, *lora_as)
+        y, s = autograd.RmsNormFunction.apply(rows, weight, eps, offset, name, *values)
     else:
-        y, _, s = contract.fwd(rows, weight, list(lora_as), eps, offset, name)
+        y, _, s = contract.fwd(rows, weight, values, eps, offset, name)
     if x.dim() != 2:
         y = torch.ops.aten._unsafe_view.default(y, x.shape)
     if not lora_as:
