@@ -139,9 +139,7 @@ def main(argv: list[str] | None = None) -> int:
         "dtype": options.dtype, "batch": options.batch, "sequence": options.sequence,
         "rank": options.rank, "dropout": options.dropout, "rows": rows,
     }  # fmt: skip
-    path = options.json or record.default_path(result)
-    record.save(path, result)
-    print(f"record: {path}")
+    record.keep(result, options.json)
     return 0
 
 

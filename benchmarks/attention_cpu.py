@@ -10,7 +10,6 @@ between its markers from the newest record and times nothing.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import machine, record
-from benchmarks.readme_table import fill
-from benchmarks.report import machine_line
+from benchmarks.readme_table import fill_page
+from benchmarks.report import commit_line, machine_line
 from benchmarks.timing import measure
 from lora_kernels.ops import attention
 from lora_kernels.testing import attention_inputs, check_attention
@@ -124,8 +123,7 @@ def render(result: dict[str, Any]) -> str:
             low, high = sorted(1 / v for v in by["cpu"]["ratio_iqr"])
             share = f"{1 / by['cpu']['ratio']:.2f} ({low:.2f}-{high:.2f})"
             lines.append(f"| {name} | {' | '.join(cells)} | {share} |")
-    dirty = " with uncommitted changes" if result["dirty"] else ""
-    lines += ["", f"Commit {result['commit']}{dirty}. Again: `{result['command']}`"]
+    lines += ["", commit_line(result)]
     return "\n".join(lines)
 
 
@@ -138,10 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, help="fill this page from the newest record")
     options = parser.parse_args(arguments)
     if options.page is not None:
-        path = record.newest("attention")
-        page = options.page.read_text()
-        options.page.write_text(fill(page, render(json.loads(path.read_text())), BEGIN, END))
-        print(f"{options.page} from {path}")
+        fill_page(options.page, record.newest("attention"), render, BEGIN, END)
         return 0
     result: dict[str, Any] = {
         "schema": record.SCHEMA, "op": "attention",
@@ -159,9 +154,7 @@ def main(argv: list[str] | None = None) -> int:
                     f"x{r['ratio']:.2f} [{r['ratio_iqr'][0]:.2f}, {r['ratio_iqr'][1]:.2f}]",
                     flush=True,
                 )
-    path = options.json or record.default_path(result)
-    record.save(path, result)
-    print(f"record: {path}")
+    record.keep(result, options.json)
     return 0
 
 

@@ -12,7 +12,6 @@ markers from the newest record and times nothing.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import machine, record
-from benchmarks.readme_table import fill
-from benchmarks.report import machine_line
+from benchmarks.readme_table import fill_page
+from benchmarks.report import commit_line, machine_line
 from benchmarks.timing import measure
 from lora_kernels.ops import attention_decode
 from lora_kernels.testing import assert_within_budget
@@ -112,8 +111,7 @@ def render(result: dict[str, Any]) -> str:
             f"| {r['dtype']}, {b} x {n} keys, {h} heads of {d} on {hk} | {' | '.join(cells)} "
             f"| {share} |"
         )
-    dirty = " with uncommitted changes" if result["dirty"] else ""
-    lines += ["", f"Commit {result['commit']}{dirty}. Again: `{result['command']}`"]
+    lines += ["", commit_line(result)]
     return "\n".join(lines)
 
 
@@ -126,10 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, help="fill this page from the newest record")
     options = parser.parse_args(arguments)
     if options.page is not None:
-        path = record.newest("attention_decode")
-        page = options.page.read_text()
-        options.page.write_text(fill(page, render(json.loads(path.read_text())), BEGIN, END))
-        print(f"{options.page} from {path}")
+        fill_page(options.page, record.newest("attention_decode"), render, BEGIN, END)
         return 0
     torch.manual_seed(0)
     result: dict[str, Any] = {
@@ -142,9 +137,7 @@ def main(argv: list[str] | None = None) -> int:
         ],
     }  # fmt: skip
     print(render(result))
-    path = options.json or record.default_path(result)
-    record.save(path, result)
-    print(f"record: {path}")
+    record.keep(result, options.json)
     return 0
 
 

@@ -202,12 +202,10 @@ def main(argv: list[str] | None = None) -> int:
             "share_of_error_budget": share, "rows": rows,
         })  # fmt: skip
     for result in found:
-        name = f"blocks-{result['block']}-{result['dtype']}"
-        path = options.json or record.default_path({**result, "op": name})
-        if options.json and len(found) > 1:
+        path = options.json
+        if path and len(found) > 1:
             path = path.with_name(f"{path.stem}-{result['block']}{path.suffix}")
-        record.save(path, result)
-        print(f"record: {path}")
+        record.keep(result, path, f"blocks-{result['block']}-{result['dtype']}")
     return 0
 
 

@@ -182,9 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         "rank": options.rank, "dropout": 0.0, "rounds": options.rounds,
         "share_of_error_budget": max(shares), "rows": rows,
     }  # fmt: skip
-    path = options.json or record.default_path({**result, "op": f"grouping-{options.dtype}"})
-    record.save(path, result)
-    print(f"record: {path}")
+    record.keep(result, options.json, f"grouping-{options.dtype}")
     return 0
 
 

@@ -105,9 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         "batch": options.batch, "sequence": options.sequence, "layers": options.layers,
         "rank": options.rank, "dropout": options.dropout, "rows": rows,
     }  # fmt: skip
-    path = options.json or record.default_path({**result, "op": f"peak_memory-{options.dtype}"})
-    record.save(path, result)
-    print(f"record: {path}")
+    record.keep(result, options.json, f"peak_memory-{options.dtype}")
     return 0
 
 

@@ -300,9 +300,7 @@ def main(argv: list[str] | None = None) -> int:
                     made += training(w, m, max(3, options.rounds // 2))
             result["rows"] += made
             print("\n".join(map(line, made)), flush=True)
-    path = options.json or record.default_path(result)
-    record.save(path, result)
-    print(f"record: {path}")
+    record.keep(result, options.json)
     return 0
 
 

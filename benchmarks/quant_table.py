@@ -8,14 +8,13 @@ fills the region between the markers and leaves the rest of the page alone.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks import record
-from benchmarks.readme_table import fill
-from benchmarks.report import machine_line
+from benchmarks.readme_table import fill_page
+from benchmarks.report import commit_line, machine_line
 
 BEGIN, END = "<!-- quant-benchmark:begin -->", "<!-- quant-benchmark:end -->"
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "quantization.md"
@@ -68,8 +67,7 @@ def render(result: dict[str, Any]) -> str:
             here = [r for r in rows if r["table"] == table and tuple(r["shape"]) == shape]
             lines += ["", *_bandwidth(table, shape, here)]
     lines += ["", *_training([r for r in rows if r["table"] not in BANDWIDTH])]
-    dirty = " with uncommitted changes" if result["dirty"] else ""
-    lines += ["", f"Commit {result['commit']}{dirty}. Again: `{result['command']}`"]
+    lines += ["", commit_line(result)]
     return "\n".join(lines)
 
 
@@ -80,12 +78,10 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         path = options.record or record.newest("quant_linear")
-        text = fill(options.page.read_text(), render(json.loads(path.read_text())), BEGIN, END)
+        fill_page(options.page, path, render, BEGIN, END)
     except (OSError, ValueError) as error:
         print(f"quant_table: {error}", file=sys.stderr)
         return 1
-    options.page.write_text(text)
-    print(f"{options.page} from {path}")
     return 0
 
 

@@ -180,9 +180,8 @@ def main(argv: list[str] | None = None) -> int:
                 row |= in_child(Path(temporary), name, what, settings)
             result["rows"].append(row)
     print(table(result["rows"]))
-    path = options.json or record.default_path(result)
-    record.save(path, result)
-    print(f"\nrecord: {path}")
+    print()
+    record.keep(result, options.json)
     if options.png:
         record.write_atomically(options.png, chart(result))
     return 0

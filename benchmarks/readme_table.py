@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu_report, record
 from benchmarks.providers import BASELINE, LABELS
-from benchmarks.report import MODES, subtitle
+from benchmarks.report import MODES, commit_line, subtitle
 
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 GPU_BEGIN, GPU_END = "<!-- gpu-benchmark:begin -->", "<!-- gpu-benchmark:end -->"
@@ -60,8 +61,7 @@ def tables(result: dict[str, Any]) -> str:
     peak = result["amx_peak"]["gflops"]
     if peak:
         lines.append(f"AMX bf16 peak of a tile loop in the same run: {peak / 1e3:.2f} TFLOP/s.")
-    dirty = " with uncommitted changes" if result["dirty"] else ""
-    lines.append(f"Commit {result['commit']}{dirty}. Again: `{result['command']}`")
+    lines.append(commit_line(result))
     return "\n".join(lines)
 
 
@@ -103,6 +103,15 @@ def fill(text: str, content: str, begin: str = BEGIN, end: str = END) -> str:
         raise ValueError(f"the file needs one {begin} and, below it, one {end}")
     head, rest = text.split(begin)
     return f"{head}{begin}\n{content}\n{end}{rest.split(end)[1]}"
+
+
+def fill_page(
+    page: Path, path: Path, render: Callable[[dict[str, Any]], str], begin: str, end: str
+) -> None:
+    """Put the record at `path` between the markers of a page; OSError, ValueError as of `fill`."""
+    text = fill(page.read_text(), render(json.loads(path.read_text())), begin, end)
+    record.write_atomically(page, text.encode())
+    print(f"{page} from {path}")
 
 
 def main(argv: list[str] | None = None) -> int:

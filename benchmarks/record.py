@@ -45,6 +45,13 @@ def default_path(record: dict[str, Any]) -> Path:
     return RESULTS / slug(record["device"]) / name
 
 
+def keep(result: dict[str, Any], path: Path | None, name: str | None = None) -> None:
+    """Save a record where the user says, else under its default path as `name` or its op."""
+    path = path or default_path({**result, "op": name or result["op"]})
+    save(path, result)
+    print(f"record: {path}")
+
+
 def newest(op: str, device: str = "cpu") -> Path:
     """The record of `op` on a kind of device with the latest date."""
     dated = []

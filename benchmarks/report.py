@@ -47,6 +47,12 @@ def machine_line(record: dict[str, Any]) -> str:
     return f"{device['name']} ({isa}, {device['threads']} threads), torch {record['torch']}"
 
 
+def commit_line(record: dict[str, Any]) -> str:
+    """Which sources a table speaks of, and what to type to measure them again."""
+    dirty = " with uncommitted changes" if record["dirty"] else ""
+    return f"Commit {record['commit']}{dirty}. Again: `{record['command']}`"
+
+
 def subtitle(record: dict[str, Any]) -> str:
     return (
         f"{machine_line(record)}, rank {record['rank']}, dropout {record['dropout']:g}; median of "

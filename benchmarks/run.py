@@ -174,9 +174,7 @@ def on_a_gpu(argv: list[str], options: argparse.Namespace) -> int:
     ):  # fmt: skip
         result["rows"].append(made)
         print(gpu_report.line(made), flush=True)
-    path = options.json or record.default_path(result)
-    record.save(path, result)
-    print(f"record: {path}")
+    record.keep(result, options.json)
     wrong = ("WRONG", "FAILED")
     return 1 if any((r["skipped"] or "").startswith(wrong) for r in result["rows"]) else 0
 
@@ -224,9 +222,7 @@ def main(argv: list[str] | None = None) -> int:
                     )  # fmt: skip
                     result["rows"].append(made)
                     print(report.line(made), flush=True)
-    path = options.json or record.default_path(result)
-    record.save(path, result)
-    print(f"record: {path}")
+    record.keep(result, options.json)
     if options.png:
         report.chart(result, options.png)
         print(f"chart: {options.png}")

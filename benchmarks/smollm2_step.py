@@ -188,10 +188,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     gains = [f"{1.0 / row['ratio']:.2f}x ({row['provider']})" for row in result["rows"][1:]]
     print(f"speed-up {', '.join(gains)}; {fused} of {len(layers)} layers fused")
-    named = {**result, "op": f"smollm2_step-{options.dtype}"}  # a record for each dtype
-    path = options.json or record.default_path(named)
-    record.save(path, result)
-    print(f"record: {path}")
+    record.keep(result, options.json, f"smollm2_step-{options.dtype}")
     return 0
 
 
