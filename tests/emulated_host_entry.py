@@ -17,13 +17,14 @@ LARGE = 163 << 10  # shared memory per block of sm_80
 
 
 @functools.cache
-def load(op: str) -> tuple[Any, ctypes.CDLL]:
-    """(torch.ops.lora_kernels_emulated with the operators of `op`, the emulator they run on)."""
+def load(op: str, *others: str) -> tuple[Any, ctypes.CDLL]:
+    """(torch.ops.lora_kernels_emulated with the operators of `op`, the emulator they run on).
+    `others`: ops beside lora_linear whose kernels the entry calls."""
     compiler = emulator_library.compiler()
     if compiler is None:
         pytest.skip("no C++ compiler; install g++ or set CXX")
     own = emulator_library.CSRC.parent / f"tests/csrc/{op}_host_entry_emulated.cpp"
-    kernels = emulator_library.build(op)
+    kernels = emulator_library.build(op, *others)
     library = kernels.with_name(f"{op}-{_digest(own, kernels)}.so")
     if not library.exists():
         folder = Path(torch.__file__).parent
@@ -38,7 +39,7 @@ def load(op: str) -> tuple[Any, ctypes.CDLL]:
         ]  # fmt: skip
         emulator_library.make(library, command)
     torch.ops.load_library(str(library))
-    dll = emulator_library.load(op)
+    dll = emulator_library.load(op, *others)
     dll.lk_options(0, 0, LARGE)
     dll.lk_clear_memory()
     return torch.ops.lora_kernels_emulated, dll

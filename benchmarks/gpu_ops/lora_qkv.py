@@ -83,8 +83,9 @@ def _problem(i: LoraQkvInputs) -> Keywords:
     heads = [w.shape[0] // D for w in n.weights]
     return {
         "M": n.x.shape[:-1].numel(), "K": n.x.shape[-1], "H": heads[0], "Hk": sum(heads[1:]) // 2,
-        "D": D, "R": i.tables.cos.shape[-1], "rank": n.lora_as[0].shape[0],
+        "D": D, "R": i.tables.cos.shape[-1], "rank": max(a.shape[0] for a in n.lora_as),
         "interleaved": i.tables.interleaved, "dtype": n.x.dtype, "dropout_p": n.dropout_p,
+        "members": len(n.weights),
     }  # fmt: skip
 
 
@@ -98,6 +99,10 @@ ROW = GpuOp(
         {"lead": (1, 70), "K": 72, "H": 3, "Hk": 1, "D": 20, "R": 6, "dtype": torch.float16},
         {"lead": (33,), "K": 41, "H": 5, "Hk": 1, "D": 10, "interleaved": True, "tables": "cache"},
         {"lead": (2, 9), "K": 40, "H": 2, "Hk": 2, "D": 8, "joint": True, "tables": "batch"},
+        {
+            "lead": (2, 130), "K": 72, "H": 4, "Hk": 2, "D": 64, "joint": True, "tables": "cache",
+            "interleaved": True, "dtype": BF16,
+        },
     ),
     cases={
         "4×2048, Llama-3.1-8B bfloat16": {"lead": (4, 2048), **LLAMA},

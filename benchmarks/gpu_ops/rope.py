@@ -94,6 +94,7 @@ ROW = GpuOp(
         {"lead": (1, 37), "H": 3, "Hk": 1, "D": 80, "R": 32, "dtype": torch.float16},
         {"lead": (11,), "H": 5, "Hk": 0, "D": 10, "interleaved": True, "tables": "cache"},
         {"lead": (2, 7), "H": 2, "Hk": 2, "D": 64, "R": 6, "layout": "strided", "tables": "batch"},
+        {"lead": (2, 9), "H": 5, "Hk": 1, "D": 32, "R": 16, "interleaved": True, "dtype": BF16},
     ),
     cases={
         "4×2048, 32+8 heads of 128 bfloat16": {"lead": (4, 2048), **LLAMA},

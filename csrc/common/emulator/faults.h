@@ -11,6 +11,7 @@ enum Fault : int {
   kMissingWait = 3,     // cp.async waited for one group too few
   kShiftedMask = 4,     // dropout decided for the neighbouring row
   kWindowEdge = 5,      // a query sees one key too many
+  kShiftedTable = 6,    // cos and sin of the next position
 };
 
 }  // namespace lora_kernels::faults

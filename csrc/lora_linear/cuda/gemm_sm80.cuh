@@ -51,6 +51,12 @@ struct GemmShape {
   static_assert(WN % 32 == 0 && WM % 16 == 0);
 };
 
+// Which rows of B a tile multiplies: those of its columns. An op that wants the columns of C in
+// another order (lora_qkv) has a policy of its own; it fills row_b before the first load.
+struct ColumnsInOrder {
+  static constexpr bool kInOrder = true;
+};
+
 // Walks the k-blocks of a problem's terms. A thread copies chunks that lie `*_turn` elements apart.
 template <class T>
 struct TermCursor {
@@ -60,8 +66,10 @@ struct TermCursor {
   int a_turn, b_turn;
 };
 
-template <class T, OperandLayout kLayout, class S, bool kAligned>
+template <class T, OperandLayout kLayout, class S, bool kAligned, class Columns = ColumnsInOrder>
 struct GemmBlock {
+  using Element = T;
+  using Shape = S;
   static constexpr int BM = S::BM, BN = S::BN, BK = S::BK, WM = S::WM, WN = S::WN;
   static constexpr int kMma = WM / 16, kNmma = WN / 8, kSteps = BK / 16;
   static constexpr int kWords = WN / 32;  // generator words of a row of the warp's tile
@@ -115,6 +123,15 @@ struct GemmBlock {
   // Then neither chunk nor swizzle of a thread depends on the turn.
   static_assert(kStepA % 8 == 0 && kStepB % 8 == 0);
 
+  // Row of B of this thread's turns; without kInOrder.
+  int row_b[Columns::kInOrder ? 1 : kTurnsB];
+  static_assert(Columns::kInOrder || !kKN);
+
+  LK_DEVICE const T* source_b(const Cursor& at, int turn) const {
+    if constexpr (Columns::kInOrder) return at.b + turn * static_cast<int64_t>(at.b_turn);
+    return at.b + static_cast<int64_t>(row_b[turn]) * at.b_turn;
+  }
+
   // To the first block at or after (term, 0).
   LK_DEVICE void enter(Cursor& at, int term) const {
     while (term < end_term && p.term[term].k == 0) ++term;
@@ -122,14 +139,16 @@ struct GemmBlock {
     at.left = 0;
     if (term >= end_term) return;
     const GemmTerm& t = p.term[term];
-    const int row_a = thread / kChunksA, row_b = thread / kChunksB;
+    const int row_a = thread / kChunksA, first_b = thread / kChunksB;
     at.left = static_cast<int>(t.k);
     at.a = static_cast<const T*>(t.a) + (static_cast<int64_t>(row0) + row_a) * t.lda +
            thread % kChunksA * kChunk;
     at.b = static_cast<const T*>(t.b) + thread % kChunksB * kChunk +
-           (kKN ? row_b * t.ldb + col0 : (static_cast<int64_t>(col0) + row_b) * t.ldb);
+           (!Columns::kInOrder ? 0
+            : kKN              ? first_b * t.ldb + col0
+                               : (static_cast<int64_t>(col0) + first_b) * t.ldb);
     at.a_turn = static_cast<int>(kStepA * t.lda);
-    at.b_turn = static_cast<int>(kStepB * t.ldb);
+    at.b_turn = static_cast<int>((Columns::kInOrder ? kStepB : 1) * t.ldb);
   }
 
   LK_DEVICE void advance(Cursor& at) const {
@@ -158,7 +177,7 @@ struct GemmBlock {
     for (int i = 0; i < kTurnsB; ++i) {
       const bool exists =
           kKN ? thread % kChunksB * kChunk < cols : thread / kChunksB + i * kStepB < cols;
-      cp_async16_if(to_b + i * kStepB * kColsB, at.b + i * static_cast<int64_t>(at.b_turn), exists);
+      cp_async16_if(to_b + i * kStepB * kColsB, source_b(at, i), exists);
     }
     advance(at);
     cp_async_commit();
@@ -181,8 +200,7 @@ struct GemmBlock {
 #pragma unroll
       for (int i = 0; i < kTurnsB; ++i) {
         const bool exists = thread / kChunksB + i * kStepB < (kKN ? at.left : cols);
-        copy_chunk<kAligned>(to_b + i * kStepB * kColsB, at.b + i * static_cast<int64_t>(at.b_turn),
-                             exists ? valid_b : 0);
+        copy_chunk<kAligned>(to_b + i * kStepB * kColsB, source_b(at, i), exists ? valid_b : 0);
       }
       advance(at);
       if (at.left <= 0) enter(at, at.term + 1);
@@ -341,12 +359,10 @@ struct GemmBlock {
   }
 };
 
-template <class T, OperandLayout kLayout, class S, bool kAligned, bool kMasked>
-__global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
-    gemm_sm80_kernel(const __grid_constant__ GemmArgs args) {
-  using Block = GemmBlock<T, kLayout, S, kAligned>;
-  constexpr int STAGES = S::STAGES;
-  LK_DYNAMIC_SHARED(shared);
+// The tile of this block; `order` runs before its first load, `finish` has the sum of all terms.
+template <class Block, bool kMasked, class Order, class Finish>
+LK_DEVICE void gemm_tile(const GemmArgs& args, unsigned char* shared, Order order, Finish finish) {
+  constexpr int STAGES = Block::Shape::STAGES;
   int index = 0;
   while (index + 1 < args.p.problems &&
          static_cast<int>(blockIdx.x) >= args.first_tile[index + 1]) {
@@ -355,10 +371,12 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
   // Columns of kGroup tiles one after the other.
   constexpr int kGroup = 8;
   const int tile = static_cast<int>(blockIdx.x) - args.first_tile[index];
-  const int tiles_n = static_cast<int>(ceil_div(args.p.problem[index].n, S::BN));
+  const int tiles_n = static_cast<int>(ceil_div(args.p.problem[index].n, Block::BN));
   const int group = tile / (kGroup * tiles_n), in_group = tile % (kGroup * tiles_n);
   const int left = args.tiles_m - group * kGroup, height = left < kGroup ? left : kGroup;
   Block block(args, index, group * kGroup + in_group % height, in_group / height, shared);
+
+  order(block);
 
   const GemmParams& p = args.p;
   typename Block::Cursor loading;
@@ -372,7 +390,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
   if constexpr (kMasked) {
     const DropoutKey key(p.dropout);
     for (; term < block.end_term && p.term[term].stream >= 0; ++term) {
-      for (int64_t k = 0; k < p.term[term].k; k += S::BK) {
+      for (int64_t k = 0; k < p.term[term].k; k += Block::BK) {
         cp_async_wait<STAGES - 2>();
         pipeline_barrier();
         block.load(loading, (stage + STAGES - 1) % STAGES);
@@ -384,7 +402,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
 
   int blocks = 0;  // that are left
   for (; term < block.end_term; ++term) {
-    blocks += static_cast<int>((p.term[term].k + S::BK - 1) / S::BK);
+    blocks += static_cast<int>((p.term[term].k + Block::BK - 1) / Block::BK);
   }
   typename Block::Fragments fragments[2];
   cp_async_wait<STAGES - 2>();
@@ -404,7 +422,15 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
     }
   }
   cp_async_wait<0>();
-  block.store();
+  finish(block);
+}
+
+template <class T, OperandLayout kLayout, class S, bool kAligned, bool kMasked>
+__global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
+    gemm_sm80_kernel(const __grid_constant__ GemmArgs args) {
+  using Block = GemmBlock<T, kLayout, S, kAligned>;
+  LK_DYNAMIC_SHARED(shared);
+  gemm_tile<Block, kMasked>(args, shared, [](Block&) {}, [](Block& block) { block.store(); });
 }
 
 }  // namespace lora_kernels::lora_linear::cuda

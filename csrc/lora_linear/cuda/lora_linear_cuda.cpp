@@ -10,8 +10,8 @@
 #include <tuple>
 
 #include "../../common/stable_torch.h"
+#include "forward.h"
 #include "gemm_sm90.h"
-#include "operands.h"
 
 namespace lora_kernels::lora_linear::cuda {
 namespace {
@@ -22,8 +22,6 @@ using stable::dtype_of;
 using stable::Matrix;
 using stable::Place;
 using stable::Tensor;
-
-constexpr stable::Require require{"lora_linear"};
 
 // The GEMM of this device and these operands; `name` is "auto" or one kernel by name.
 void run_gemm(const GemmParams& p, const std::string& name, const Place& place) {
@@ -55,147 +53,18 @@ void run_gemm(const GemmParams& p, const std::string& name, const Place& place) 
                  "sm90_128x128_cluster, sm90_128x128");
 }
 
-struct Ranks {
-  std::vector<int64_t> rank, column, padded_column;
-  int64_t sum = 0, padded_sum = 0;
-
-  explicit Ranks(const std::vector<Matrix>& a) {
-    for (const Matrix& m : a) {
-      rank.push_back(m.rows);
-      column.push_back(sum);
-      padded_column.push_back(padded_sum);
-      sum += m.rows;
-      padded_sum += padded_rank(m.rows);
-    }
-  }
-};
-
-std::vector<Matrix> as_matrices(const std::vector<Tensor>& tensors, const char* name) {
-  std::vector<Matrix> matrices;
-  for (const Tensor& t : tensors) matrices.push_back(as_matrix(t, name));
-  return matrices;
-}
-
-void check_group(const Matrix& x, const std::vector<Matrix>& w, const std::vector<Matrix>& a,
-                 const std::vector<Matrix>& b, const std::vector<double>& scalings) {
-  const size_t members = w.size();
-  require(members >= 1 && members <= kMaxGroup, "a group has 1 to 8 members");
-  require(a.size() == members && b.size() == members && scalings.size() == members,
-          "the lists differ in length");
-  for (size_t g = 0; g < members; ++g) {
-    require(w[g].columns == x.columns && a[g].columns == x.columns && b[g].rows == w[g].rows &&
-                b[g].columns == a[g].rows,
-            "the shapes of x, weight, lora_a and lora_b do not fit");
-    require(w[g].tensor.scalar_type() == x.tensor.scalar_type(), "weight and x differ in dtype");
-    for (const Matrix* m : {&w[g], &a[g], &b[g]}) {
-      require(stable::same_device(m->tensor, x.tensor), "an operand is on another device than x");
-    }
-  }
-}
-
-// S or dS of the caller, [M, sum of ranks].
-std::optional<Matrix> given(const std::optional<Tensor>& t, const char* name, const Matrix& x,
-                            int64_t ranks, int64_t threshold) {
-  if (!t.has_value()) return std::nullopt;
-  const Matrix m = as_matrix(*t, name);
-  if (m.rows != x.rows || m.columns != ranks || t->scalar_type() != x.tensor.scalar_type() ||
-      !stable::same_device(*t, x.tensor)) {
-    require.refuse(std::string(name) + " has another shape, dtype or device than x asks for");
-  }
-  if (threshold != 0) require.refuse(std::string(name) + " is given with dropout");
-  return m;
-}
-
-std::tuple<std::vector<Tensor>, Tensor> forward(Tensor x_in, std::vector<Tensor> weights,
+std::tuple<std::vector<Tensor>, Tensor> forward(Tensor x, std::vector<Tensor> weights,
                                                 std::vector<Tensor> lora_as,
                                                 std::vector<Tensor> lora_bs,
                                                 std::vector<std::optional<Tensor>> biases,
                                                 std::vector<double> scalings, double keep_scale,
                                                 int64_t threshold, std::optional<Tensor> seed,
                                                 std::string gemm, std::optional<Tensor> shrunk) {
-  const Place place(x_in);
-  const Matrix x = as_matrix(x_in, "x");
-  const std::vector<Matrix> w = as_matrices(weights, "weight"), a = as_matrices(lora_as, "lora_a"),
-                            b = as_matrices(lora_bs, "lora_b");
-  check_group(x, w, a, b, scalings);
-  require(biases.size() == w.size(), "the lists differ in length");
-  const size_t members = w.size();
-  const Dtype dtype = dtype_of(x_in, "x");
-  const Ranks ranks(a);
-  const std::optional<Matrix> given_s = given(shrunk, "shrunk", x, ranks.sum, threshold);
-
-  Tensor s = stable::empty(x.tensor, {given_s ? 0 : x.rows, ranks.sum});
-  Tensor scaled_s = stable::empty(x.tensor, {x.rows, ranks.padded_sum});
-  char* const scaled_data = static_cast<char*>(scaled_s.mutable_data_ptr());
-  Pads pads(x.tensor, dtype);
-  std::vector<Operand> pa, pb;
-  for (size_t g = 0; g < members; ++g) {
-    pb.push_back(pads.add(b[g], 0, b[g].columns));
-    if (!given_s) {
-      pa.push_back(pads.add(a[g], 0, a[g].columns));
-    } else {
-      pads.copy(*given_s, ranks.column[g], ranks.rank[g], static_cast<float>(scalings[g]),
-                scaled_data + 2 * ranks.padded_column[g], ranks.padded_sum);
-    }
-  }
-  pads.launch(place.stream);
-
-  Tensor space = stable::empty(x.tensor, {0});
-  if (!given_s) {
-    ShrinkParams shrink{};
-    shrink.dtype = dtype;
-    shrink.x = x.data;
-    shrink.ldx = x.ld;
-    shrink.m = x.rows;
-    shrink.k = x.columns;
-    shrink.members = static_cast<int>(members);
-    for (size_t g = 0; g < members; ++g) {
-      shrink.member[g] = {pa[g].data,
-                          pa[g].ld,
-                          ranks.rank[g],
-                          ranks.column[g],
-                          ranks.padded_column[g],
-                          static_cast<float>(scalings[g])};
-    }
-    shrink.s = s.mutable_data_ptr();
-    shrink.lds = ranks.sum;
-    shrink.scaled_s = scaled_data;
-    shrink.ld_scaled = ranks.padded_sum;
-    shrink.keep_scale = static_cast<float>(keep_scale);
-    shrink.dropout = make_dropout(threshold, seed);
-    shrink.sm_count = place.sm_count;
-    space = stable::workspace(x.tensor, shrink_workspace(shrink));
-    shrink.workspace = space.mutable_data_ptr();
-    require(check(shrink));
-    check_launch(launch_shrink(shrink, place.stream), "shrink");
-  }
-
-  GemmParams params{};
-  params.dtype = dtype;
-  params.layout = OperandLayout::kNK;
-  params.m = x.rows;
-  params.problems = static_cast<int>(members);
-  params.sm_count = place.sm_count;
-  std::vector<Tensor> ys, held;
-  for (size_t g = 0; g < members; ++g) {
-    ys.push_back(stable::empty(x.tensor, {x.rows, w[g].rows}));
-    GemmProblem& problem = params.problem[g];
-    problem.n = problem.ldc = w[g].rows;
-    problem.c = ys.back().mutable_data_ptr();
-    if (biases[g].has_value()) {
-      require(biases[g]->numel() == w[g].rows, "a bias has another length than its weight");
-      held.push_back(torch::stable::contiguous(*biases[g]));
-      problem.bias = held.back().const_data_ptr();
-      problem.bias_dtype = dtype_of(held.back(), "bias");
-    }
-    problem.first_term = static_cast<int>(2 * g);
-    problem.terms = 2;
-    const char* scaled = scaled_data + 2 * ranks.padded_column[g];
-    params.term[2 * g] = {scaled, ranks.padded_sum, pb[g].data, pb[g].ld, ranks.rank[g], -1};
-    params.term[2 * g + 1] = {x.data, x.ld, w[g].data, w[g].ld, x.columns, -1};
-  }
-  run_gemm(params, gemm, place);
-  return {ys, s};
+  const Place place(x);
+  const Forward made = prepare_forward(place, x, weights, lora_as, lora_bs, biases, scalings,
+                                       keep_scale, threshold, seed, shrunk);
+  run_gemm(made.gemm, gemm, place);
+  return {made.ys, made.s[0]};
 }
 
 std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> backward(

@@ -40,8 +40,8 @@ def lora_qkv(
         head_dim: channels of a head.
         rotated: of each projection, how many of its heads are rotated, from the first on:
             ``(H, Hk, 0)``, or ``(H + Hk,)`` of one joint projection.
-        backend: None or ``auto``, ``reference``, ``aten``, ``triton``. A backend asked for by name
-            never falls back.
+        backend: None or ``auto``, ``reference``, ``aten``, ``triton``, ``cuda``. A backend asked
+            for by name never falls back.
 
     Under ``torch.autocast`` x is converted to the autocast dtype. Differentiable once.
 

@@ -40,8 +40,8 @@ def _fwd(
     widths = [w.shape[0] // head_dim for w in weights]
     problem = LoraQkvProblem(
         M=x.shape[0], K=x.shape[1], H=widths[0], Hk=sum(widths[1:]) // 2, D=head_dim,
-        R=cos.shape[-1], rank=lora_as[0].shape[0], interleaved=interleaved, dtype=x.dtype,
-        device=x.device.type, dropout_p=dropout_p,
+        R=cos.shape[-1], rank=max(a.shape[0] for a in lora_as), interleaved=interleaved,
+        dtype=x.dtype, device=x.device.type, dropout_p=dropout_p, members=len(weights),
     )  # fmt: skip
     requested = None if backend == "auto" else backend
     name, _ = choose(problem, requested)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from lora_kernels.ops import _dispatch, _evidence, _shapes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BACKENDS = ("reference", "aten", "triton")
+BACKENDS = ("reference", "aten", "triton", "cuda")
 OP = "lora_qkv"
 
 
 @dataclass(frozen=True)
 class LoraQkvProblem:
-    """Q [M, H D], K [M, Hk D] and V [M, Hk D] from X [M, K]; R channels of a head are rotated."""
+    """Q [M, H D], K [M, Hk D] and V [M, Hk D] from X [M, K]; R channels of a head are rotated.
+    `rank` is the largest of the `members`, the projections that these are made by."""
 
     M: int
     K: int
@@ -30,19 +32,20 @@ class LoraQkvProblem:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     dropout_p: float = 0.0
+    members: int = 3
 
     def evidence_key(self) -> _evidence.Key:
         """A measurement speaks for its own size of heads alone."""
-        return _evidence.fields_key(self, exact=("D", "R"))
+        return _evidence.fields_key(self, exact=("D", "R", "members"))
 
     @classmethod
-    def from_shapes(cls, **shapes: object) -> LoraQkvProblem:
+    def from_shapes(cls, **shapes: Any) -> LoraQkvProblem:
         """From keywords for `lk.explain`: M, K, H, D, and where they differ Hk and R."""
         _shapes.check_names(cls, shapes, ("M", "K", "H", "D"))
         shapes.setdefault("Hk", shapes["H"])
         shapes.setdefault("R", shapes["D"])
         _shapes.read_dtype(shapes, DTYPES)
-        return cls(**shapes)  # type: ignore[arg-type]
+        return cls(**shapes)
 
 
 def supports(backend: str, problem: LoraQkvProblem) -> tuple[bool, str]:
@@ -51,7 +54,7 @@ def supports(backend: str, problem: LoraQkvProblem) -> tuple[bool, str]:
         return True, "plain PyTorch"
     if backend == "aten":
         return True, "lora_linear, and rope in place of what it has just written"
-    if backend == "triton":
+    if backend in ("triton", "cuda"):
         answer: tuple[bool, str] = backend_module(backend).supports(problem)
         return answer
     return False, f"{OP} has no {backend} kernels; lora_linear and rope inside may"

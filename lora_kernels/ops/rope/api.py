@@ -31,8 +31,8 @@ def rope(
             frequencies is repeated by the caller in the order of the layout.
         interleaved: pairs are channels (2 i, 2 i + 1) instead of (i, i + R / 2).
         position_ids: int32 or int64 ``[B or 1, S]`` or ``[S]`` (packed ``[T]``): rows of the cache.
-        backend: None or ``auto``, ``reference``, ``aten``, ``cpu``, ``triton``. A backend asked for
-            by name never falls back.
+        backend: None or ``auto``, ``reference``, ``aten``, ``cpu``, ``triton``, ``cuda``. A
+            backend asked for by name never falls back.
 
     The rotation is computed in fp32 (fp64 for fp64) and rounded once to the dtype of q, also
     under ``torch.autocast``.

@@ -27,5 +27,8 @@ def rotate_in_place(
     if name == "cpu" and library is not None and all(t.stride(-1) == 1 for t in heads):
         return library.rope_rotate(heads, cos, sin, position_ids, interleaved, False, True)
     module = launcher(problem, backend, "fwd")
+    if name == "cuda":
+        turned: list[Tensor] = module.rotate_in_place(heads, cos, sin, position_ids, interleaved)
+        return turned
     made: list[Tensor] = module.rope_fwd(heads, cos, sin, position_ids, interleaved)
     return made

@@ -7,6 +7,7 @@ import importlib
 import os
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from lora_kernels._backends import cpu as cpu_library
 from lora_kernels.ops import _dispatch, _evidence, _shapes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BACKENDS = ("reference", "aten", "cpu", "triton")
+BACKENDS = ("reference", "aten", "cpu", "triton", "cuda")
 OP = "rope"
 
 
@@ -37,13 +38,13 @@ class RopeProblem:
         return _evidence.fields_key(self, exact=("D", "R"))
 
     @classmethod
-    def from_shapes(cls, **shapes: object) -> RopeProblem:
+    def from_shapes(cls, **shapes: Any) -> RopeProblem:
         """From keywords for `lk.explain`: B, S, H, D, and where they differ Hk and R."""
         _shapes.check_names(cls, shapes, ("B", "S", "H", "D"))
         shapes.setdefault("Hk", shapes["H"])
         shapes.setdefault("R", shapes["D"])
         _shapes.read_dtype(shapes, DTYPES)
-        return cls(**shapes)  # type: ignore[arg-type]
+        return cls(**shapes)
 
 
 def supports(backend: str, problem: RopeProblem) -> tuple[bool, str]:
@@ -60,6 +61,10 @@ def supports(backend: str, problem: RopeProblem) -> tuple[bool, str]:
         from lora_kernels.ops.rope import triton
 
         return triton.supports(problem)
+    if backend == "cuda":
+        from lora_kernels.ops.rope import cuda
+
+        return cuda.supports(problem)
     return False, f"{OP} has no {backend} kernels"
 
 

@@ -1,0 +1,33 @@
+// Arguments and launcher of the projection that leaves its heads rotated. Torch-free; host C++.
+#pragma once
+
+#include "../../lora_linear/cuda/launch.h"
+#include "../../rope/cuda/params.h"
+
+namespace lora_kernels::lora_qkv::cuda {
+
+namespace lora = lora_linear::cuda;
+
+constexpr int kMaxGroup = lora::kMaxGroup;
+
+// Of every problem of `gemm` (layout kNK, no masks; N a multiple of head_dim) the first `rotated`
+// heads leave the accumulators rotated.
+struct ProjectionParams {
+  lora::GemmParams gemm;
+  rope::cuda::Rotation rotation;  // m of gemm: whole sequences
+  int head_dim;                   // even
+  int rotated[kMaxGroup];         // heads
+};
+
+// Null when the launcher accepts the arguments, else one sentence. Host code, no device access.
+const char* check(const ProjectionParams&);
+
+// 1 launch for all problems; sm_80 and newer. Returns at once: cudaSuccess, the error of the
+// launch, or cudaErrorInvalidValue for what check() refuses. Bitwise reproducible.
+cudaError_t launch_project(const ProjectionParams&, cudaStream_t);
+
+// project_sm80_{bf16,fp16}.cu
+cudaError_t run_project_bf16(const ProjectionParams&, cudaStream_t);
+cudaError_t run_project_fp16(const ProjectionParams&, cudaStream_t);
+
+}  // namespace lora_kernels::lora_qkv::cuda

@@ -1,0 +1,9 @@
+#include "project_sm80_run.cuh"
+
+namespace lora_kernels::lora_qkv::cuda {
+
+cudaError_t run_project_bf16(const ProjectionParams& p, cudaStream_t stream) {
+  return run_project<bf16>(p, stream);
+}
+
+}  // namespace lora_kernels::lora_qkv::cuda
