@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +135,7 @@ def rows_of(
     for m, training in [*((m, True) for m in TRAINING), *((m, False) for m in DECODE)]:
         x, dys = operands(block, m, options)
         works = {
-            name: (lambda model=model: step(model, x, dys)) if training  # noqa: B023
-            else (lambda model=model: forward(model, x))  # noqa: B023
+            name: partial(step, model, x, dys) if training else partial(forward, model, x)
             for name, model in models.items()
         }  # fmt: skip
         timings = measure(works, OFF, rounds=options.rounds, round_seconds=0.02)

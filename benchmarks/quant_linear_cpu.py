@@ -165,7 +165,7 @@ def gemv(w: Tensor, rounds: int, with_peers: bool) -> list[dict[str, Any]]:
         works[f"lora_kernels {name}"] = in_turns(call, copies)
         moved[f"lora_kernels {name}"] = size(copies[0])
     for name, (work, weight_bytes, like) in (peers(w, x) if with_peers else {}).items():
-        error = _rms(work() - exact)  # type: ignore[operator]
+        error = _rms(work() - exact)
         if not error <= 2.0 * errors[like]:
             print(f"{name}: WRONG, rms error {error:.3g}, ours {errors[like]:.3g}")
             continue

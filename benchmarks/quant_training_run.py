@@ -52,7 +52,7 @@ def load(folder: Path, name: str) -> nn.Module:
 
 def sizes(model: nn.Module) -> dict[str, int]:
     """Bytes of the frozen model, computed from its tensors; tied ones count once."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = model.get_output_embeddings()
     linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
     weights = sum(m.in_features * m.out_features for m in linears)

@@ -38,7 +38,7 @@ def recorded(asked: list[Asked]) -> Iterator[None]:
         if entry not in asked:
             asked.append(entry)
 
-    tuned_tiles.lookup = note  # type: ignore[assignment]
+    tuned_tiles.lookup = note
     try:
         yield
     finally:
@@ -49,7 +49,7 @@ def recorded(asked: list[Asked]) -> Iterator[None]:
 def installed(found: list[dict[str, Any]]) -> Iterator[None]:
     """Inside, look-ups find these tiles and no others."""
     real = tuned_tiles._configs
-    tuned_tiles._configs = lambda architecture: tuple(found)  # type: ignore[assignment]
+    tuned_tiles._configs = lambda architecture: tuple(found)
     tuned_tiles._lookup.cache_clear()
     try:
         yield

@@ -94,7 +94,7 @@ def usage(binary: Path, folder: Path) -> dict[str, tuple[int, int, int, int]]:
     for name, *numbers in _USAGE.findall(_cuobjdump(folder, "-res-usage", str(binary))):
         new = tuple(int(n) for n in numbers)
         old = found.get(name, (0, 0, 0, 0))
-        found[name] = tuple(max(pair) for pair in zip(old, new, strict=True))  # type: ignore[assignment]
+        found[name] = tuple(max(pair) for pair in zip(old, new, strict=True))
     return found
 
 

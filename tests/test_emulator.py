@@ -60,7 +60,7 @@ def dll() -> Iterator[ctypes.CDLL]:
 
 def check(dll: ctypes.CDLL, inputs: LoraLinearInputs, **options: object) -> LoraLinearResults:
     oracle = lora_linear_results(inputs, torch.float64, needs="xab")
-    results = emulate(dll, inputs, **options)  # type: ignore[arg-type]
+    results = emulate(dll, inputs, **options)
     compare(results, oracle, yardstick(inputs, oracle, "xab"), "emulator: ")
     return results
 

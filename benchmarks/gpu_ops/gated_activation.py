@@ -63,9 +63,10 @@ class _Eager(torch.autograd.Function):
         dup = made[1] if len(made) == 2 else None
         if s is None:
             return None, made[0], dup, None
-        parts, terms = s.split([b.shape[1] for b in bs], 1), zip(made, bs, ctx.i.scalings)  # noqa: B905
+        parts = s.split([b.shape[1] for b in bs], 1)
+        terms = zip(made, bs, ctx.i.scalings, strict=True)
         found = [(c * (d @ b.to(d.dtype)), c * d.t(), b.dtype) for d, b, c in terms]
-        dbs = [(d @ part).to(dtype) for (_, d, dtype), part in zip(found, parts)]  # noqa: B905
+        dbs = [(d @ part).to(dtype) for (_, d, dtype), part in zip(found, parts, strict=True)]
         return None, made[0], dup, torch.cat([ds for ds, _, _ in found], 1), *dbs
 
 

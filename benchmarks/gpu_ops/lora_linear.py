@@ -38,7 +38,9 @@ def _judge(i: LoraLinearInputs) -> Judge:
     n = len(i.weights)
 
     def check(got: dict[str, Tensor], label: str) -> object:
-        of = lambda name: [got[f"{name}{g}"] for g in range(n)]  # noqa: E731
+        def of(name: str) -> list[Tensor]:
+            return [got[f"{name}{g}"] for g in range(n)]
+
         made = LoraLinearResults(
             ys=of("y"), dx=got["dx"], dws=[], das=of("da"), dbs=of("db"), dbiases=[None] * n
         )

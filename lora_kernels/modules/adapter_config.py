@@ -255,7 +255,7 @@ def _reject(path: object, problem: str) -> NoReturn:
 
 
 def _matches(patterns: str | list[str] | None, name: str) -> bool:
-    return bool(patterns) and matcher(patterns, "target_modules")(name)  # type: ignore[arg-type]
+    return matcher(patterns, "target_modules")(name) if patterns else False
 
 
 def _by_pattern(table: Mapping[str, Any], name: str, default: Any) -> Any:

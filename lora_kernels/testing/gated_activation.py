@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -84,10 +85,12 @@ def _gradients(h: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"h": h.detach(), **grads}
 
 
-def _leaves(i: GatedActivationInputs, dtype: torch.dtype, needs: object) -> dict[str, Tensor]:
+def _leaves(
+    i: GatedActivationInputs, dtype: torch.dtype, needs: Collection[str] | None
+) -> dict[str, Tensor]:
     named = {"gate": i.gate} if i.up is None else {"gate": i.gate, "up": i.up}
     return {
-        n: t.detach().to(dtype).requires_grad_(needs is None or n in needs)  # type: ignore[operator]
+        n: t.detach().to(dtype).requires_grad_(needs is None or n in needs)
         for n, t in named.items()
     }
 
@@ -148,7 +151,8 @@ def check_adapter_products(
     # What surrounds the products is that of a call without them.
     plain_h, _ = ops.gated_activation_fwd(gate, up, i.kind, [], backend)
     plain = ops.gated_activation_bwd(dh, gate, up, i.kind, [], None, [], backend)
-    if not all(torch.equal(a, b) for a, b in zip((h, dgate, dup), (plain_h, *plain[:2]))):  # noqa: B905
+    pairs = zip((h, dgate, dup), (plain_h, *plain[:2]), strict=True)
+    if not all(torch.equal(a, b) for a, b in pairs):
         raise AssertionError(f"{backend}: products change the activation or its gradients")
     return margins
 
@@ -159,7 +163,7 @@ def _products(
 ) -> dict[str, Tensor]:  # fmt: skip
     """Plain PyTorch in `dtype`; a dB whose B is wider is computed in the dtype of B."""
     none = [h.new_empty(h.shape[0], 0, dtype=dtype)]
-    members = list(zip(grads, i.lora_bs, i.scalings))  # noqa: B905  no members: no adapters
+    members = list(zip(grads, i.lora_bs, i.scalings, strict=False))  # no members: no adapters
     found = {
         "s": torch.cat(none + [h.to(dtype) @ a.to(dtype).t() for a in i.lora_as], 1),
         "ds": torch.cat(none + [c * (d.to(dtype) @ b.to(dtype)) for d, b, c in members], 1),

@@ -80,7 +80,7 @@ def test_backend_that_gives_wrong_numbers_is_broken(
 
     right = aten.lora_linear_fwd
 
-    def without_lora(x, weights, lora_as, lora_bs, *rest):  # type: ignore[no-untyped-def]
+    def without_lora(x, weights, lora_as, lora_bs, *rest):
         return right(x, weights, lora_as, [b * 0 for b in lora_bs], *rest)
 
     monkeypatch.setattr(aten, "lora_linear_fwd", without_lora)

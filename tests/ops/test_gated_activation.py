@@ -108,7 +108,10 @@ def test_a_planted_fault_is_found(wrong, backend):
 def test_gradcheck(backend, kind):
     i = gated_activation_inputs((3, 4), kind, dtype=torch.float64)
     leaves = (i.gate.requires_grad_(), i.up.requires_grad_())
-    run = lambda g, u: gated_activation(g, u, kind, backend=backend)  # noqa: E731
+
+    def run(g, u):
+        return gated_activation(g, u, kind, backend=backend)
+
     assert torch.autograd.gradcheck(run, leaves)
     assert torch.autograd.gradcheck(lambda g: run(g, None), leaves[:1])
 

@@ -221,7 +221,7 @@ def test_compile_with_dynamic_rows():
         loss = compiled(hidden, i.weight, i.labels)
         eager = linear_cross_entropy(hidden, i.weight, i.labels)
         assert torch.equal(loss, eager)
-        assert torch.equal(*(torch.autograd.grad(l, hidden)[0] for l in (loss, eager)))  # noqa: E741
+        assert torch.equal(*(torch.autograd.grad(t, hidden)[0] for t in (loss, eager)))
 
 
 def test_autocast():

@@ -146,7 +146,7 @@ def _keys(cls: type, prefix: str = "") -> list[str]:
     for f in dataclasses.fields(cls):
         inner = f.default_factory
         if dataclasses.is_dataclass(inner):
-            found += _keys(inner, f"{prefix}{f.name}.")  # type: ignore[arg-type]
+            found += _keys(inner, f"{prefix}{f.name}.")
         else:
             assert f.metadata["help"], f.name
             found.append(prefix + f.name)

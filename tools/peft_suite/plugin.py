@@ -62,7 +62,7 @@ def pytest_collection(session: pytest.Session) -> Iterator[None]:
     if missing:
         stand_in = types.ModuleType("diffusers")
         stand_in.__spec__ = importlib.machinery.ModuleSpec("diffusers", None)
-        stand_in.StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})  # type: ignore[attr-defined]
+        stand_in.StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})
         sys.modules["diffusers"] = stand_in
     if os.environ.get("LORA_KERNELS_SUITE_FUSED") == "1":
         _fuse_everything()

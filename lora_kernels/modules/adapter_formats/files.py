@@ -7,7 +7,7 @@ import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -106,10 +106,13 @@ def write_adapter(
         else:
             state = torchtune.to_torchtune(adapter, path, heads)
     state = {key: tensor.contiguous() for key, tensor in state.items()}
-    if name.endswith(".safetensors"):
-        weights = lambda file: safetensors_file.write(file, state, {"format": "pt"})  # noqa: E731
-    else:
-        weights = lambda file: torch.save(state, file)  # noqa: E731
+
+    def weights(file: BinaryIO) -> None:
+        if name.endswith(".safetensors"):
+            safetensors_file.write(file, state, {"format": "pt"})
+        else:
+            torch.save(state, file)
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_files(folder, {name: weights, beside: lambda file: file.write(configuration)})

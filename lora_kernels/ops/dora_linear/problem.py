@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -25,11 +26,11 @@ class DoraLinearProblem:
     dropout_p: float = 0.0
 
     @classmethod
-    def from_shapes(cls, **shapes: object) -> DoraLinearProblem:
+    def from_shapes(cls, **shapes: Any) -> DoraLinearProblem:
         """From keywords M, K, N, rank, dtype, device, dropout_p: for `lk.explain`."""
         _shapes.check_names(cls, shapes, ("M", "K", "N"))
         _shapes.read_dtype(shapes, DTYPES)
-        return cls(**shapes)  # type: ignore[arg-type]
+        return cls(**shapes)
 
 
 def supports(backend: str, problem: DoraLinearProblem) -> tuple[bool, str]:

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ class GatedActivationProblem:
         return _evidence.fields_key(self, exact=("rank",))
 
     @classmethod
-    def from_shapes(cls, **shapes: object) -> GatedActivationProblem:
+    def from_shapes(cls, **shapes: Any) -> GatedActivationProblem:
         """From keywords for `lk.explain`: M, N, and where they differ the other fields."""
         _shapes.check_names(cls, shapes, ("M", "N"))
         if shapes.get("kind", "silu") not in KINDS:
@@ -76,7 +77,7 @@ class GatedActivationProblem:
                 f"kind={shapes['kind']!r} is not supported; accepted: {', '.join(KINDS)}"
             )
         _shapes.read_dtype(shapes, DTYPES)
-        return cls(**shapes)  # type: ignore[arg-type]
+        return cls(**shapes)
 
 
 def supports(backend: str, problem: GatedActivationProblem) -> tuple[bool, str]:

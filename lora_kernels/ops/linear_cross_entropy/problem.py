@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,11 +40,11 @@ class LinearCrossEntropyProblem:
         )
 
     @classmethod
-    def from_shapes(cls, **shapes: object) -> LinearCrossEntropyProblem:
+    def from_shapes(cls, **shapes: Any) -> LinearCrossEntropyProblem:
         """From keywords M, K, V, rank, dtype, device: for `lk.explain`."""
         _shapes.check_names(cls, shapes, ("M", "K", "V"))
         _shapes.read_dtype(shapes, DTYPES)
-        return cls(**shapes)  # type: ignore[arg-type]
+        return cls(**shapes)
 
 
 def supports(backend: str, problem: LinearCrossEntropyProblem) -> tuple[bool, str]:

@@ -8,6 +8,7 @@ import importlib.util
 import os
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,18 +59,18 @@ class LoraLinearProblem:
         )
 
     @classmethod
-    def from_shapes(cls, **shapes: object) -> LoraLinearProblem:
+    def from_shapes(cls, **shapes: Any) -> LoraLinearProblem:
         """From keywords M, K, N, rank (int or tuple), dtype, device, ...: for `lk.explain`."""
         _shapes.check_names(cls, shapes, ("M", "K", "N"))
         n = shapes["N"]
         shapes["N"] = n if isinstance(n, tuple) else (n,)
         rank = shapes.get("rank", 16)
-        shapes["rank"] = rank if isinstance(rank, tuple) else (rank,) * len(shapes["N"])  # type: ignore[arg-type]
+        shapes["rank"] = rank if isinstance(rank, tuple) else (rank,) * len(shapes["N"])
         for key in ("dtype", "weight_dtype", "adapter_dtype"):
             if key != "adapter_dtype" or shapes.get(key) is not None:
                 _shapes.read_dtype(shapes, DTYPES, key)
         shapes.setdefault("weight_dtype", shapes.get("dtype", torch.float32))
-        return cls(**shapes)  # type: ignore[arg-type]
+        return cls(**shapes)
 
     def evidence_key(self) -> _evidence.Key:
         """Sizes and kind as measurements tell them; a group counts as one."""

@@ -8,6 +8,7 @@ import importlib.util
 import os
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ class QuantLinearProblem:
         )  # fmt: skip
 
     @classmethod
-    def from_shapes(cls, **shapes: object) -> QuantLinearProblem:
+    def from_shapes(cls, **shapes: Any) -> QuantLinearProblem:
         """From keywords M, K, N, rank, format (a name of :data:`FORMAT_NAMES`), ..."""
         _shapes.check_names(cls, shapes, ("M", "K", "N"))
         name = shapes.get("format", "nf4")
@@ -82,7 +83,7 @@ class QuantLinearProblem:
                 raise InvalidArgumentError(f"format={name!r}; accepted: {', '.join(FORMAT_NAMES)}")
             shapes["format"], shapes["layout"] = FORMAT_NAMES[str(name)]
         _shapes.read_dtype(shapes, FLOATS)
-        return cls(**shapes)  # type: ignore[arg-type]
+        return cls(**shapes)
 
     def evidence_key(self) -> _evidence.Key:
         """A measurement speaks for its own block size alone, and for the kernels that it ran: they

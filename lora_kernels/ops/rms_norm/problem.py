@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class RmsNormProblem:
         )  # fmt: skip
 
     @classmethod
-    def from_shapes(cls, **shapes: object) -> RmsNormProblem:
+    def from_shapes(cls, **shapes: Any) -> RmsNormProblem:
         """From keywords for `lk.explain`: M, K, and where they differ the other fields; the weight
         has the dtype of x unless weight_dtype says otherwise."""
         _shapes.check_names(cls, shapes, ("M", "K"))
@@ -45,7 +46,7 @@ class RmsNormProblem:
         _shapes.read_dtype(shapes, DTYPES)
         if shapes["weight_dtype"] is not None:
             _shapes.read_dtype(shapes, DTYPES, "weight_dtype")
-        return cls(**shapes)  # type: ignore[arg-type]
+        return cls(**shapes)
 
 
 def supports(backend: str, problem: RmsNormProblem) -> tuple[bool, str]:

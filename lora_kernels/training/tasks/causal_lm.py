@@ -54,7 +54,9 @@ class CausalLM(Task):
 
     @classmethod
     def from_config(cls, config: Config) -> CausalLM:
-        data, notes, styles = config.data, [], []  # type: ignore[var-annotated]
+        data = config.data
+        notes: list[str] = []
+        styles: list[str] = []
 
         def read(records: Any, notes: list[str]) -> list[Example]:
             style, examples = read_documents(records, notes, data)

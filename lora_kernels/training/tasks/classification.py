@@ -36,7 +36,8 @@ class Classification(Task):
 
     @classmethod
     def from_config(cls, config: Config) -> Classification:
-        data, notes = config.data, []  # type: ignore[var-annotated]
+        data = config.data
+        notes: list[str] = []
         splits = read_splits(
             config,
             lambda records, notes: _read(records, notes, config),

@@ -90,7 +90,8 @@ def read_language_splits(
 ) -> dict[str, list[Any]]:
     """Splits by whole documents. A file that is one document and has to serve for the test too is
     cut at its lines instead, the test at its end."""
-    data, cuts = config.data, []  # type: ignore[var-annotated]
+    data = config.data
+    cuts: list[bool] = []
 
     def read_or_cut(records: Records, notes: list[str]) -> list[Any]:
         examples = read(records, notes)

@@ -52,7 +52,9 @@ class Seq2Seq(Task):
         from lora_kernels.training.metrics.generated import check_packages
 
         check_packages()
-        data, notes, targets = config.data, [], []  # type: ignore[var-annotated]
+        data = config.data
+        notes: list[str] = []
+        targets: list[str] = []
 
         def read(records: Records, notes: list[str]) -> list[Example]:
             examples, target = _read(records, notes, config)
