@@ -264,3 +264,44 @@ def test_models_without_sdpa_that_count_on_their_mask(stem):
         with NothingInFloat32():
             exact = model.double()(**inputs).logits
     assert_within_budget(got, exact, low)
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "additive"])
+def test_chosen_keys(mask):
+    """Sparse attention hands over which keys a query may see."""
+    q, k, v = heads()
+    indices = torch.tensor([[0], [0], [2], [1], [3], [5]]).expand(2, 6, 1).contiguous()
+    padded = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    padded[0, :, :, 0] = False
+    given = {"none": None, "bool": padded, "additive": torch.zeros(padded.shape)}[mask]
+    if mask == "additive":
+        given = given.masked_fill(~padded, float("-inf"))
+    out, _ = attention_forward(Layer(), q, k, v, given, indices=indices)
+    want = v.repeat_interleave(2, 1)[:, :, indices[0, :, 0]].transpose(1, 2).clone()
+    if mask != "none":
+        want[0, :2] = 0.0  # their only key is padding
+    assert_within_budget(out, want.double(), want)
+
+
+def test_a_sparse_model():
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24, "vocab_size": 61,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "initializer_range": 0.2, "max_position_embeddings": 64, "pad_token_id": 0,
+        "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+        "v_head_dim": 8, "head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "n_group": 1, "topk_group": 1, "index_n_heads": 4, "index_head_dim": 16, "index_topk": 4,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.DeepseekV32ForCausalLM(transformers.DeepseekV32Config(**sizes)).eval()
+    model.set_attn_implementation("eager")
+    mask = padding("left")
+    inputs = {"input_ids": tokens(), "attention_mask": mask}
+    with torch.no_grad():
+        low = model(**inputs).logits[mask.bool()]
+        model.set_attn_implementation("lora_kernels")
+        got = model(**inputs).logits[mask.bool()]
+        model.set_attn_implementation("eager")
+        with NothingInFloat32():
+            exact = model.double()(**inputs).logits[mask.bool()]
+    assert_within_budget(got, exact, low)

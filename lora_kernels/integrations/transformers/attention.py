@@ -84,6 +84,7 @@ def attention_forward(
     position_bias: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
+    indices: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """One attention of a model, as transformers calls it.
@@ -95,6 +96,7 @@ def attention_forward(
         softcap, s_aux: of the scores; sinks ``[H]``.
         position_bias: added to the scores, ``[1 or B, H, S, Sk]``; may require a gradient.
         cu_seq_lens_q, cu_seq_lens_k: where the sequences of a packed batch of one begin.
+        indices: the keys that a query may see at all, ``[B, S, n]`` (sparse attention).
 
     Returns:
         ``[B, S, H, D]`` contiguous, and None: weights are never made.
@@ -107,11 +109,15 @@ def attention_forward(
         is_causal = getattr(module, "is_causal", True)
     length = query.shape[2]
     causal = bool(is_causal) and attention_mask is None and length > 1
+    if indices is not None:
+        attention_mask = _chosen(attention_mask, indices, key.shape[2])
     if causal and key.shape[2] > length and cu_seq_lens_q is None:
         # The empty end of a static cache: keys at the first positions are the ones there are.
         key, value = key[:, :, :length], value[:, :, :length]
         if position_bias is not None:
             position_bias = position_bias[..., :length]
+        if attention_mask is not None:
+            attention_mask = attention_mask[..., :length]
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     if length == 1 and not (dropout or cu_seq_lens_q is not None or position_bias is not None):
         step = _decode(q, k, v, attention_mask, scaling, softcap, s_aux)
@@ -177,6 +183,19 @@ def _packed(q: Tensor, cu_q: Tensor, cu_k: Tensor | None) -> tuple[Tensor, Tenso
     return cu_q, cu_q if cu_k is None else cu_k
 
 
+def _chosen(mask: Tensor | None, indices: Tensor, keys: int) -> Tensor:
+    """`mask` without the keys that `indices` does not name."""
+    named = torch.zeros(*indices.shape[:2], keys, dtype=torch.bool, device=indices.device)
+    named = named.scatter_(-1, indices.long(), True).unsqueeze(1)
+    return _and(mask, named)
+
+
+def _and(mask: Tensor | None, seen: Tensor) -> Tensor:
+    if mask is None or mask.dtype == torch.bool:
+        return seen if mask is None else mask & seen
+    return mask.masked_fill(~seen, float("-inf"))
+
+
 def _with_segments(
     mask: Tensor | None, packed: tuple[Tensor, Tensor], queries: int, keys: int
 ) -> Tensor:
@@ -186,11 +205,7 @@ def _with_segments(
         for cu, n in zip(packed, (queries, keys), strict=True)
     ]
     same = (at[0].unsqueeze(1) == at[1].unsqueeze(0))[None, None]
-    if mask is None:
-        return same
-    if mask.dtype == torch.bool:
-        return mask & same
-    return mask.masked_fill(~same, float("-inf"))
+    return _and(mask, same)
 
 
 def _with_bias(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
