@@ -43,6 +43,15 @@ struct alignas(64) Fp8Table {
                          _mm512_permutex2var_epi8(v[2 * i], high, v[2 * i + 1]));
     }
   }
+  // The two bytes of the values of 64 codes.
+  LK_VBMI void look_up(__m512i codes, __m512i& low, __m512i& high) const {
+    low = _mm512_permutex2var_epi8(_mm512_load_si512(bytes), codes, _mm512_load_si512(bytes + 64));
+    high = _mm512_permutex2var_epi8(_mm512_load_si512(bytes + 128), codes,
+                                    _mm512_load_si512(bytes + 192));
+    constexpr int kXorAnd = 0x78;  // a ^ (b & c)
+    high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8(static_cast<char>(0x80)),
+                                     kXorAnd);
+  }
 };
 
 // 64 columns of `rows` rows of codes, each row through its table or all through one: 32 columns at

@@ -33,7 +33,7 @@ class PendingRows {
   }
 
  private:
-  static constexpr int64_t kRows = 8;
+  static constexpr int64_t kRows = 2;
   lora_linear::AmxEngine::Tail tail_{};
 };
 
@@ -122,8 +122,8 @@ class DxPass<lora_linear::AmxEngine> {
         with_shape(p.m - i * kStrip, p.weight->k - j * kStrip, [&](auto two_rows, auto two_columns) {
           constexpr bool R = decltype(two_rows)::value, C = decltype(two_columns)::value;
           first ? zero_tiles<R, C>() : load_tiles<R, C>(sum);
-          add_products<R, C>(dy, w + at * kBlockSteps * kStepTiles, steps, 16, beside);
-          beside.finish();
+          add_products<R, C, Passing::kRight>(dy, w + at * kBlockSteps * kStepTiles, steps, 16,
+                                              beside);
           if (last && p.rank > 0 && !drops) {
             add_products<R, C>(shared.ds + i * kStrip * shared.rk,
                                shared.a + j * kStrip * shared.rk, shared.rk / kStep, 16, [] {},

@@ -147,7 +147,6 @@ inline void multiply_panels(const FwdParams& p, const TileShared& shared, const 
                          constexpr bool C = decltype(two_columns)::value;
                          b == 0 ? zero_tiles<R, C>() : load_tiles<R, C>(sum);
                          add_products<R, C>(w + (i - i0) * elements, x, steps, shared.width, beside);
-                         beside.finish();
                          if (last) {
                            finish_tile<R, C>(p, shared, unscaled, i, j, sum, own.update);
                          } else {

@@ -29,21 +29,38 @@ inline void store_tiles(float* c) {
   if constexpr (kTwoRows) _tile_stored(2, c + 16 * kStrip, kStrip * 4);
   if constexpr (kTwoRows && kTwoColumns) _tile_stored(3, c + 16 * kStrip + 16, kStrip * 4);
 }
+// The operand that is not read again soon, whose tiles would push the other out of L1.
+enum class Passing { kLeft, kRight };
+
 // beside() runs after each step, under the products that are still on their way.
-template <bool kTwoRows, bool kTwoColumns, class Beside>
+template <bool kTwoRows, bool kTwoColumns, Passing kPassing = Passing::kLeft, class Beside>
 inline void add_products(const bf16* left, const bf16* right, int64_t steps, int64_t width,
                          Beside&& beside, int64_t right_step = kStepTiles) {
+  constexpr bool kLeft = kPassing == Passing::kLeft;
   const int64_t stride = width * 4;
   for (; steps > 0; --steps, left += kStepTiles, right += right_step) {
-    _tile_stream_loadd(4, left, 64);
-    _tile_loadd(6, right, stride);
+    if constexpr (kLeft) {
+      _tile_stream_loadd(4, left, 64);
+      _tile_loadd(6, right, stride);
+    } else {
+      _tile_loadd(4, left, 64);
+      _tile_stream_loadd(6, right, stride);
+    }
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (kTwoColumns) {
-      _tile_loadd(7, right + kTile, stride);
+      if constexpr (kLeft) {
+        _tile_loadd(7, right + kTile, stride);
+      } else {
+        _tile_stream_loadd(7, right + kTile, stride);
+      }
       _tile_dpbf16ps(1, 4, 7);
     }
     if constexpr (kTwoRows) {
-      _tile_stream_loadd(5, left + kTile, 64);
+      if constexpr (kLeft) {
+        _tile_stream_loadd(5, left + kTile, 64);
+      } else {
+        _tile_loadd(5, left + kTile, 64);
+      }
       _tile_dpbf16ps(2, 5, 6);
       if constexpr (kTwoColumns) _tile_dpbf16ps(3, 5, 7);
     }
