@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import subprocess
 from collections.abc import Iterator
 
 import emulated_host_entry
+import emulator_library
 import pytest
 import torch
 from emulated_host_entry import LARGE
@@ -110,7 +112,7 @@ def test_a_position_outside_of_the_cache_gives_nan():
     ids = torch.tensor([[1, 50, 2]])
     ys, _ = operators.lora_qkv_fwd(
         n.x.flatten(0, 1), n.weights, n.lora_as, n.lora_bs, n.biases, n.scalings, 1.0, 0, None,
-        t.cos, t.sin, ids, 3, 16, [2, 1, 0], False,
+        t.cos, t.sin, ids, 3, 16, [2, 1, 0], False, "auto",
     )  # fmt: skip
     q = ys[0].unflatten(1, (2, 16))
     assert q[1, :, :8].isnan().all() and q[1, :, 8:].isfinite().all()
@@ -149,6 +151,35 @@ def test_every_head_dim(dtype, D):
     check((1, 300), 136, 2, 2, D, dtype=dtype, joint=True, needs="xab")
 
 
+IN_ACCUMULATORS = {
+    "none": ("", ""),
+    "partner": ("kApart = D / 4", "kApart = D / 8"),
+    "row": ("+ 8 * h;", "+ 4 * h;"),
+    "head": ("first_head + head >= problem", "first_head >= problem"),
+}
+
+
+@pytest.mark.parametrize("fault", IN_ACCUMULATORS)
+def test_rotation_in_the_accumulators_of_hopper(tmp_path, fault):
+    """tests/csrc/test_project_sm90.cpp, of the header as it is and with an index of it changed."""
+    cxx = emulator_library.compiler()
+    if cxx is None:
+        pytest.skip("no C++ compiler; install g++ or set CXX")
+    source, program = emulator_library.ROOT / "tests/csrc/test_project_sm90.cpp", tmp_path / "test"
+    header, changed = "lora_qkv/cuda/rotate_accumulators.cuh", tmp_path / "changed.cuh"
+    code = (emulator_library.CSRC / header).read_text()
+    before, after = IN_ACCUMULATORS[fault]
+    assert before in code
+    code = code.replace(before, after) if before else code
+    changed.write_text(code.replace("../../rope", f"{emulator_library.CSRC}/rope"))
+    (tmp_path / "test.cpp").write_text(source.read_text().replace(header, str(changed)))
+    command = [cxx, "-std=c++17", "-O1", "-DLK_EMULATOR", f"-I{emulator_library.CSRC}",
+               f"-I{source.parent}", str(tmp_path / "test.cpp"), "-o", str(program)]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert (done.returncode != 0) == (fault != "none"), done.stdout[-2000:]
+
+
 def test_what_the_entry_refuses():
     operators, _ = loader.load()
     x, table = torch.zeros(6, 16, dtype=BF16), torch.zeros(3, 8)
@@ -157,7 +188,7 @@ def test_what_the_entry_refuses():
         "x": x, "weights": [w], "lora_as": [a], "lora_bs": [b], "biases": [None],
         "scalings": [1.0], "keep_scale": 1.0, "threshold": 0, "seed": None, "cos": table,
         "sin": table, "position_ids": None, "sequence": 3, "head_dim": 8, "rotated": [1],
-        "interleaved": False,
+        "interleaved": False, "gemm": "auto",
     }  # fmt: skip
     for changes, message in (
         ({"rotated": []}, "lists differ in length"),
@@ -167,6 +198,8 @@ def test_what_the_entry_refuses():
         ({"head_dim": 6, "rotated": [0]}, "at most those of a head"),
         ({"x": x.float()}, "differ in dtype"),
         ({"weights": [w[:12]]}, "do not fit"),
+        ({"gemm": "sm70"}, "accepted: auto, sm80, sm90"),
+        ({"gemm": "sm90"}, "needs compute capability 9.0"),
     ):
         with pytest.raises(RuntimeError, match=message):
             operators.lora_qkv_fwd(**{**given, **changes})

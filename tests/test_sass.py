@@ -43,6 +43,7 @@ def test_products_of_hopper_are_not_serialized(kernels):
     """Where ptxas gives up on the asynchronous pipeline it waits after every single product."""
     hopper = [k for k in kernels if "_sm90_kernel" in k.name]
     assert sum("gemm" in k.name for k in hopper) == 12
+    assert sum("project" in k.name for k in hopper) == 2
     assert sum("attention_forward" in k.name for k in hopper) == 4
     assert sum("attention_gradients" in k.name for k in hopper) == 8
     for kernel in hopper:

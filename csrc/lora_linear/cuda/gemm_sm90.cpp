@@ -140,12 +140,18 @@ cudaError_t launch_gemm_sm90(const GemmParams& p, Sm90Config config, cudaStream_
   const Sm90Masks masks = masks_of(p);
   const void* kernel = p.dtype == Dtype::kBFloat16 ? gemm_sm90_bf16(p.layout, shape.block_n, masks)
                                                    : gemm_sm90_fp16(p.layout, shape.block_n, masks);
-  if (kernel == nullptr) return cudaErrorInvalidValue;
+  Sm90Params q;
+  return launch_kernel_sm90(p, config, kernel, q, stream);
+}
+
+cudaError_t launch_kernel_sm90(const GemmParams& p, Sm90Config config, const void* kernel,
+                               Sm90Params& q, cudaStream_t stream) {
+  if (kernel == nullptr || config == Sm90Config::kChoose) return cudaErrorInvalidValue;
+  const Shape shape = shape_of(config);
   const Encode encode = find_encode();
   if (encode == nullptr) return cudaErrorNotSupported;
 
   const bool transposed = p.layout == OperandLayout::kKN;
-  Sm90Params q;
   std::memset(&q, 0, sizeof q);
   q.m = static_cast<int>(p.m);
   q.m_blocks = static_cast<int>(ceil_div(p.m, kSm90BlockM * shape.cluster));

@@ -240,10 +240,11 @@ LK_DEVICE void finish_products(uint32_t barriers, int blocks, int& held, float (
   held = -1;
 }
 
-template <typename T, int kBlockN, bool kTransposedB, int kMasks>
+// `finish` has the sums of a tile before they are rounded: (work, consumer, sums).
+template <typename T, int kBlockN, bool kTransposedB, int kMasks, class Finish>
 LK_DEVICE void consume(const Sm90Params& p, uint32_t stages, uint32_t staging, uint32_t barriers,
                        float* staged_bias, int consumer, int cluster, int clusters, int blocks,
-                       int rank) {
+                       int rank, Finish finish) {
   using Tile = Sm90Tile<kBlockN>;
   const int thread = threadIdx.x % 128;
   const DropoutKey key(p.dropout);
@@ -295,18 +296,16 @@ LK_DEVICE void consume(const Sm90Params& p, uint32_t stages, uint32_t staging, u
 #pragma unroll
       for (int i = 0; i < kBlockN / 2; ++i) d[i] += masked[i];
     }
+    finish(work, consumer, d);
     store_tile<T, kBlockN>(p, work, staging, staged_bias, consumer, bias, d);
   }
   if (thread == 0) tma_store_wait_all();
   __syncwarp();
 }
 
-#endif  // sm_90a
-
-template <typename T, int kBlockN, bool kTransposedB, int kMasks>
-__global__ void __launch_bounds__(kSm90Threads, 1)
-    gemm_sm90_kernel(const __grid_constant__ Sm90Params p) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+// All of a kernel; p lies in its arguments.
+template <typename T, int kBlockN, bool kTransposedB, int kMasks, class Finish>
+LK_DEVICE void gemm_sm90_tiles(const Sm90Params& p, Finish finish) {
   using Tile = Sm90Tile<kBlockN>;
   extern __shared__ uint8_t shared[];
   const uint32_t stages =
@@ -348,13 +347,23 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
         reinterpret_cast<float*>(shared + (staging + Tile::kStagingBytes - shared_address(shared)));
     consume<T, kBlockN, kTransposedB, kMasks>(p, stages, staging, barriers,
                                               staged_bias + 64 * (warpgroup - 1), warpgroup - 1,
-                                              cluster, clusters, blocks, rank);
+                                              cluster, clusters, blocks, rank, finish);
   }
   // No block leaves while another one may still write to it or arrive at its barriers.
   if (blocks > 1) {
     __syncwarp();
     cluster_barrier();
   }
+}
+
+#endif  // sm_90a
+
+template <typename T, int kBlockN, bool kTransposedB, int kMasks>
+__global__ void __launch_bounds__(kSm90Threads, 1)
+    gemm_sm90_kernel(const __grid_constant__ Sm90Params p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  gemm_sm90_tiles<T, kBlockN, kTransposedB, kMasks>(
+      p, [](const Sm90Work&, int, float (&)[kBlockN / 2]) {});
 #endif
 }
 

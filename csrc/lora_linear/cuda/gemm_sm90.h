@@ -27,6 +27,12 @@ const char* check_sm90(const GemmParams&, Sm90Config = Sm90Config::kChoose);
 // What kChoose means for these extents; pure host code.
 Sm90Config choose_sm90(const GemmParams&);
 
+// One launch of `kernel`, made of gemm_sm90.cuh for this config, whose argument begins with
+// `first`: that is filled in, what follows is the caller's. Results as of launch_gemm_sm90.
+struct Sm90Params;
+cudaError_t launch_kernel_sm90(const GemmParams&, Sm90Config, const void* kernel, Sm90Params& first,
+                               cudaStream_t);
+
 // One launch. cudaErrorInvalidValue for what check_sm90 refuses; cudaErrorNotSupported when the
 // driver has no tensor maps. Compute capability 9.0 exactly is the caller's to check.
 cudaError_t launch_gemm_sm90(const GemmParams&, Sm90Config, cudaStream_t);

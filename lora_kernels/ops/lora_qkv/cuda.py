@@ -1,12 +1,16 @@
 """lora_qkv on the compiled CUDA kernels (csrc/lora_qkv/cuda): q and k leave the accumulators of
 their projections rotated.
 
-Forward: lora_linear's shrink, then one launch for all projections. The backward is rope's kernel
-and lora_linear's: dY = dZ turned back is read by two kernels there, one of them many times, so it
-is written once. Nothing waits for the device.
+Forward: lora_linear's shrink, then one launch for all projections: the sm_90a kernel on Hopper for
+heads of 64, 128 or 256 channels that are half-rotated as a whole, else the sm_80 one, which takes
+any even head. ``LORA_KERNELS_CUDA_GEMM`` names one, as for lora_linear. The backward is rope's
+kernel and lora_linear's: dY = dZ turned back is read by two kernels there, one of them many times,
+so it is written once. Nothing waits for the device.
 """
 
 from __future__ import annotations
+
+import os
 
 import torch
 from torch import Tensor
@@ -19,6 +23,7 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _KERNEL_DTYPES = (torch.float32, *_DTYPES)
 _MAX_GROUP, _MAX_RANK = 8, 256
 _MAX_EXTENT = 2**31 - 1024
+_HOPPER_HEADS = (64, 128, 256)
 
 
 def supports(problem: LoraQkvProblem) -> tuple[bool, str]:
@@ -39,7 +44,10 @@ def supports(problem: LoraQkvProblem) -> tuple[bool, str]:
     if max(problem.M, problem.K, width) > _MAX_EXTENT:
         return False, f"an extent is larger than {_MAX_EXTENT}"
     reason = backend.device_reason() or _library_reason()
-    return not reason, reason or "CUDA C++ kernels, rotation in the epilogue of the sm_80 GEMM"
+    return (
+        not reason,
+        reason or f"CUDA C++ kernels, rotation in the epilogue of {_gemm_of(problem)}",
+    )
 
 
 def _library_reason() -> str:
@@ -47,6 +55,21 @@ def _library_reason() -> str:
     if library is None or hasattr(library, "lora_qkv_fwd"):
         return reason
     return "lora_kernels/_cuda.so predates lora_qkv; rebuild it"
+
+
+def _gemm() -> str:
+    """`auto`, `sm80` or `sm90`; lora_linear knows several of the last kind."""
+    name = os.environ.get("LORA_KERNELS_CUDA_GEMM", "") or "auto"
+    return "sm90" if name.startswith("sm90") else name
+
+
+def _gemm_of(problem: LoraQkvProblem) -> str:
+    """Which GEMM runs where there are rows enough and tensors are aligned."""
+    whole = problem.R == problem.D and problem.D in _HOPPER_HEADS and not problem.interleaved
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    if _gemm() == "sm80" or not hopper or not whole or problem.K % 8:
+        return "the sm_80 GEMM"
+    return "the sm_90a GEMM"
 
 
 def _narrow(t: Tensor) -> Tensor:
@@ -70,6 +93,6 @@ def lora_qkv_fwd(
         x, [w.to(x.dtype) for w in weights], [_narrow(a) for a in lora_as],
         [_narrow(b) for b in lora_bs], [None if b is None else _narrow(b) for b in biases],
         scalings, keep, least, seed if least else None, _narrow(cos), _narrow(sin), position_ids,
-        sequence, head_dim, rotated, interleaved,
+        sequence, head_dim, rotated, interleaved, _gemm(),
     )  # fmt: skip
     return ys, s
