@@ -6,7 +6,10 @@
 #include "cpu/isa.h"
 #include "gated_activation/gated_activation_host.h"
 #include "linear_cross_entropy/linear_cross_entropy_host.h"
+#include "lora_linear/eager.h"
 #include "lora_linear/lora_linear_host.h"
+#include "lora_linear/packed_copies.h"
+#include "python/plain.h"
 #include "quant_linear/quant_linear_host.h"
 #include "rms_norm/rms_norm_host.h"
 #include "rope/rope_host.h"
@@ -23,6 +26,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("machine_isas", &cpu::machine_isa_names);
   m.def("set_isa_limit", &cpu::set_isa_limit, py::arg("name"));
   m.def("amx_peak_gflops", &cpu::amx_peak_gflops, py::arg("seconds"), py::arg("threads"), release());
+  m.def("plan_stands", &python::plan_stands);
   m.def("attention_engine", &attention::engine_name, py::arg("dtype"));
   m.def("attention_fwd", &attention::attention_fwd, release());
   m.def("attention_bwd", &attention::attention_bwd, release());
@@ -48,6 +52,12 @@ PYBIND11_MODULE(_C, m) {
         py::arg("packed"), py::arg("lora_as"), py::arg("lora_bs"), py::arg("s"),
         py::arg("scalings"), py::arg("dropout_p"), py::arg("seed"), py::arg("need_dx"),
         py::arg("need_da"), py::arg("need_db"), py::arg("ds") = py::none(), release());
+  m.def("lora_linear_eager", &lora_linear::lora_linear_eager);
+  m.def("lora_linear_packed_copy", &lora_linear::packed_copy);
+  m.def("lora_linear_keep_packed_copy", &lora_linear::keep_packed_copy);
+  m.def("lora_linear_packed_copies_bytes", &lora_linear::packed_copies_bytes);
+  m.def("lora_linear_packed_copies_count", &lora_linear::packed_copies_count);
+  m.def("lora_linear_drop_packed_copies", &lora_linear::drop_packed_copies);
   m.attr("lora_linear_given") = true;  // S and dS are taken where the caller has them
   m.attr("lora_linear_rank_zero") = true;  // members without an adapter, with dropout, too
   py::class_<quant_linear::QuantWeight, std::shared_ptr<quant_linear::QuantWeight>>(m, "QuantWeight")

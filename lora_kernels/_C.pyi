@@ -25,6 +25,33 @@ lora_linear_given: bool
 def lora_linear_engine(dtype: torch.dtype) -> str: ...
 def lora_linear_packed_bytes(dtype: torch.dtype, k: int, n: int) -> int: ...
 def lora_linear_pack_weight(weight: Tensor, dtype: torch.dtype, for_dgrad: bool) -> Tensor: ...
+def lora_linear_packed_copy(
+    weight: Tensor, dtype: torch.dtype, for_dgrad: bool
+) -> Tensor | None: ...
+def lora_linear_keep_packed_copy(
+    weight: Tensor, dtype: torch.dtype, for_dgrad: bool, packed: Tensor, budget: int
+) -> bool: ...
+def lora_linear_packed_copies_bytes() -> int: ...
+def lora_linear_packed_copies_count() -> int: ...
+def lora_linear_drop_packed_copies() -> None: ...
+def lora_linear_eager(
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    lora_as: tuple[Tensor, ...],
+    lora_bs: tuple[Tensor, ...],
+    scalings: tuple[float, ...],
+    biases: tuple[Tensor | None, ...],
+) -> list[Tensor] | None: ...
+def plan_stands(
+    x: object,
+    tensors: tuple[Tensor | None, ...],
+    state: dict[str, object],
+    own: tuple[object, ...],
+    same: tuple[object, ...],
+    absent: tuple[object, ...],
+    empty: tuple[object, ...],
+    types: tuple[object, ...],
+) -> bool: ...
 def lora_linear_fwd(
     x: Tensor,
     packed: list[Tensor],

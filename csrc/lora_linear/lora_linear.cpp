@@ -26,7 +26,8 @@ const Engine& engine_for(Dtype dtype) {
 // share repeats the packing and the shrink of its rows, which the cost counts.
 Grid choose_grid(const Engine& e, int64_t m, int64_t k, int64_t n, int64_t rank) {
   const int64_t strips = (m + e.mr - 1) / e.mr;
-  if (static_cast<double>(m) * k * n < 1 << 20) return {1, 1};
+  // With few rows the time goes into reading the weight.
+  if (static_cast<double>(m) * k * n < 1 << 20 && k * n < 1 << 17) return {1, 1};
   const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   Grid best{1, 1};
   double best_cost = -1;
@@ -91,6 +92,10 @@ at::Tensor given(const at::Tensor& t, const char* name, at::ScalarType dtype, in
 
 std::string engine_name(at::ScalarType dtype) {
   return engine_for(dtype_of(at::empty({0}, dtype))).name;
+}
+
+int64_t engine_id(at::ScalarType dtype) {
+  return reinterpret_cast<int64_t>(&engine_for(lora_kernels::dtype_of(dtype, "lora_linear")));
 }
 
 int64_t packed_bytes(at::ScalarType dtype, int64_t k, int64_t n) {

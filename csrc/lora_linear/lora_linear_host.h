@@ -14,6 +14,7 @@
 namespace lora_kernels::lora_linear {
 
 std::string engine_name(at::ScalarType dtype);
+int64_t engine_id(at::ScalarType dtype);  // tells engines apart in this process
 int64_t packed_bytes(at::ScalarType dtype, int64_t k, int64_t n);
 
 // weight [N, K] -> bytes in the engine's layout, as the right operand of X W^T or of dY W.

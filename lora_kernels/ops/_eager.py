@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lora_kernels._backends import cpu as library
 
 
 def unwatched(*tensors: Tensor) -> bool:
@@ -16,8 +20,16 @@ def unwatched(*tensors: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
-        and all(t.device.type in ("cpu", "cuda") for t in tensors)
+        and all(t.device.type in ("cpu", "cuda") and not t.is_neg() for t in tensors)
     )
+
+
+@functools.cache
+def plan_stands() -> Callable[..., bool] | None:
+    """The library's comparison of a plan with the state of the modules it was read from
+    (csrc/python/plain.h); None where the library is not there."""
+    module, _ = library.load()
+    return getattr(module, "plan_stands", None)
 
 
 def apply_function(function: Any, *args: Any) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import nn
 
 from lora_kernels.errors import InvalidArgumentError, StrictFallbackError
-from lora_kernels.integrations.peft import eligibility
+from lora_kernels.integrations.peft import call_plan, eligibility
 from lora_kernels.integrations.peft.fallback import warn_once
 from lora_kernels.integrations.peft.groups import dissolve_groups, form_groups, take_apart
 from lora_kernels.integrations.peft.linear import FusedLoraLinear, FusedQuantLoraLinear
@@ -325,6 +325,7 @@ def _swap(module: nn.Module, old: Any, new: Any) -> bool:
     cls, was, now = type(module), old.forward, new.forward
     if _plain_class(cls) is not old:
         return False
+    call_plan.forget(module)
     for key, value in module.__dict__.items():
         # accelerate keeps the method it wraps on the instance; it has to follow the class
         if getattr(value, "__func__", None) is was:

@@ -9,7 +9,7 @@ from peft.tuners.lora.layer import VARIANT_KWARG_KEYS, Linear, LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_kernels.integrations.peft import eligibility, quant_linear
+from lora_kernels.integrations.peft import call_plan, eligibility, quant_linear
 from lora_kernels.integrations.peft.eligibility import Parts, parts_of
 from lora_kernels.integrations.peft.fallback import call_falls_back
 from lora_kernels.integrations.peft.quant_base import is_quantized
@@ -82,6 +82,10 @@ def fused_call(
     layer: LoraLayer, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor | None:
     """The result of a call that can be fused; None when the layer has to run its own forward."""
+    if not args and not kwargs:
+        operands = call_plan.planned(layer, x)
+        if operands is not None:
+            return _of(x, operands)
     adapter, reason = _adapter_of_call(layer, args, kwargs)
     if adapter:
         parts = parts_of(layer, adapter)
@@ -95,7 +99,7 @@ def fused_call(
             named = eligibility.named_parameters(parts, magnitude)
             reason = eligibility.tensor_reason(layer, x, named)
             if not reason:
-                return _fused(x, parts, layer.scaling[adapter], magnitude)
+                return _fused(layer, x, adapter, parts, magnitude)
     if reason:
         call_falls_back(reason)
     return None
@@ -120,6 +124,9 @@ def _adapter_of_call(
 
 def operands(layer: LoraLayer, x: Tensor) -> AnyOperands | None:
     """What a grouped call needs of `layer` for x; None when its call has to be its own."""
+    planned = call_plan.planned(layer, x)
+    if planned is not None:
+        return planned
     adapter, _ = _adapter_of_call(layer, (), {})
     if not adapter:
         return None
@@ -133,6 +140,7 @@ def operands(layer: LoraLayer, x: Tensor) -> AnyOperands | None:
         return None
     found = _operands(parts, layer.scaling[adapter])
     if magnitude is None:
+        call_plan.keep(layer, adapter, parts, found)
         return found
     weight, lora_a, lora_b, scaling, bias, dropout_p = found
     if dropout_p > 0.0 or weight.requires_grad or torch.compiler.is_compiling():
@@ -163,11 +171,19 @@ def _operands(parts: Parts, scaling: float) -> Operands:
     return Operands(weight, lora_a.weight, lora_b.weight, scaling, bias, p)
 
 
-def _fused(x: Tensor, parts: Parts, scaling: float, magnitude: Any = None) -> Tensor:
-    weight, lora_a, lora_b, scaling, bias, dropout_p = _operands(parts, scaling)
+def _fused(layer: Any, x: Tensor, adapter: str, parts: Parts, magnitude: Any = None) -> Tensor:
+    found = _operands(parts, layer.scaling[adapter])
+    if magnitude is None:
+        call_plan.keep(layer, adapter, parts, found)
+        return _of(x, found)
+    weight, lora_a, lora_b, scaling, bias, dropout_p = found
     assert lora_a is not None and lora_b is not None
-    if magnitude is not None:
-        return dora_linear(
-            x, weight, lora_a, lora_b, magnitude.weight, scaling, bias=bias, dropout_p=dropout_p
-        )
+    return dora_linear(
+        x, weight, lora_a, lora_b, magnitude.weight, scaling, bias=bias, dropout_p=dropout_p
+    )
+
+
+def _of(x: Tensor, operands: Operands) -> Tensor:
+    weight, lora_a, lora_b, scaling, bias, dropout_p = operands
+    assert lora_a is not None and lora_b is not None
     return lora_linear(x, weight, lora_a, lora_b, scaling, bias=bias, dropout_p=dropout_p)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_kernels._backends import cpu as cpu_library
 from lora_kernels.ops import _dispatch
 from lora_kernels.ops._eager import apply_function
 from lora_kernels.ops.lora_linear import autograd, contract, validate
@@ -89,6 +92,10 @@ def grouped_lora_linear(
         One ``[..., out_features_g]`` per member.
     """
     biases = [None] * len(weights) if biases is None else list(biases)
+    if backend is None and shrunk is None and seed is None and dropout_p == 0.0:
+        ys = _eager(x, weights, lora_as, lora_bs, scalings, biases)
+        if ys is not None:
+            return ys
     validate.check_dropout(dropout_p)
     validate.check_lengths(
         weights=weights, lora_as=lora_as, lora_bs=lora_bs, scalings=scalings, biases=biases
@@ -136,6 +143,29 @@ def grouped_lora_linear(
         *weights, *lora_as, *lora_bs, *biases,
     )  # fmt: skip
     return [_unflatten(y, x) for y in outputs[:-1]]
+
+
+def _eager(
+    x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor | None],
+    lora_bs: Sequence[Tensor | None], scalings: Sequence[float], biases: Sequence[Tensor | None],
+) -> list[Tensor] | None:  # fmt: skip
+    """What `auto` computes without gradients on the CPU, in one step of the library; None: the
+    library declines. The long way costs more than a token takes to compute."""
+    if torch.compiler.is_compiling():
+        return None
+    call = _library_call()
+    if call is None:
+        return None
+    ys: list[Tensor] | None = call(
+        x, tuple(weights), tuple(lora_as), tuple(lora_bs), tuple(scalings), tuple(biases)
+    )
+    return ys
+
+
+@functools.cache
+def _library_call() -> Any:
+    module, _ = cpu_library.load()
+    return getattr(module, "lora_linear_eager", None)
 
 
 def _rows(t: Tensor) -> Tensor:

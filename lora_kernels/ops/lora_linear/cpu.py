@@ -26,6 +26,8 @@ def supports(problem: LoraLinearProblem) -> tuple[bool, str]:
         return False, "in_features or out_features is 0"
     if len(problem.N) > _MAX_GROUP:
         return False, f"a group of {len(problem.N)} is too large; at most {_MAX_GROUP}"
+    if not hasattr(module, "lora_linear_packed_copy"):
+        return False, "lora_kernels._C predates kept packed copies; rebuild it"
     if problem.given and not hasattr(module, "lora_linear_given"):
         return False, "lora_kernels._C predates a given S or dS; rebuild it"
     dropping = problem.dropout_p > 0.0

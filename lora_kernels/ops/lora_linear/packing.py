@@ -8,41 +8,25 @@ bytes per weight element). Policy, from `LORA_KERNELS_PACK` or :func:`set_pack_p
     always  keep copies of every weight
     never   keep none: each call packs into scratch memory
 
-A copy is valid while storage, offset, shape, strides, version counter and a sample of the values
-are unchanged. The sample is there for writes that bypass the version counter (``weight.data``, as
-PEFT's merge does it, or NumPy): it notices whole-matrix writes. A write to a few elements that goes
-around the version counter is not noticed, as autograd does not notice it either; call
-:func:`clear` after one.
+The library keeps the copies (csrc/lora_linear/packed_copies.h). One is valid while storage,
+offset, shape, strides, version counter and a sample of the values are unchanged. The sample is
+there for writes that bypass the version counter (``weight.data``, as PEFT's merge does it, or
+NumPy): it notices whole-matrix writes. A write to a few elements that goes around the version
+counter is not noticed, as autograd does not notice it either; call :func:`clear` after one.
 """
 
 from __future__ import annotations
 
 import os
-import threading
-from collections import OrderedDict
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from lora_kernels._backends import cpu as backend
 from lora_kernels.errors import InvalidArgumentError
 
 POLICIES = ("auto", "always", "never")
-_GRID = 8
 
-
-@dataclass
-class _Copy:
-    packed: Tensor
-    storage: StorageWeakRef
-    version: int
-    sample: Tensor
-
-
-_copies: OrderedDict[tuple[object, ...], _Copy] = OrderedDict()
-_lock = threading.Lock()
 _policy: str | None = None
 
 
@@ -81,58 +65,28 @@ def budget_bytes() -> int:
 
 def packed_bytes() -> int:
     """Bytes that all kept copies take now."""
-    with _lock:
-        return sum(c.packed.numel() for c in _copies.values() if not c.storage.expired())
+    module, _ = backend.load()
+    return 0 if module is None else module.lora_linear_packed_copies_bytes()
 
 
 def clear() -> None:
     """Drop every copy."""
-    with _lock:
-        _copies.clear()
-
-
-def _sample(weight: Tensor) -> Tensor:
-    """A view of about 8 x 8 elements, whatever the strides."""
-    (n, k), (row, column) = weight.shape, weight.stride()
-    down, across = n // _GRID | 1, k // _GRID | 1
-    return weight.as_strided(
-        ((n - 1) // down + 1, (k - 1) // across + 1), (row * down, column * across)
-    )
+    module, _ = backend.load()
+    if module is not None:
+        module.lora_linear_drop_packed_copies()
 
 
 def packed_weight(weight: Tensor, dtype: torch.dtype, for_dgrad: bool) -> Tensor:
     """`weight` [N, K] in the engine's layout for X W^T, or for dY W (`for_dgrad`)."""
     module, _ = backend.load()
     assert module is not None
-    weight = weight.detach() if weight.requires_grad else weight
     policy = pack_policy()
-    if policy == "never":
-        return module.lora_linear_pack_weight(weight, dtype, for_dgrad)
-    key = (
-        weight.untyped_storage()._cdata,
-        weight.storage_offset(),
-        weight.shape,
-        weight.stride(),
-        weight.dtype,
-        dtype,
-        for_dgrad,
-        module.lora_linear_engine(dtype),
-    )
-    sample = _sample(weight)
-    with _lock:
-        copy = _copies.get(key)
+    if policy != "never":
+        copy = module.lora_linear_packed_copy(weight, dtype, for_dgrad)
         if copy is not None:
-            fresh = not copy.storage.expired() and copy.version == weight._version
-            if fresh and torch.equal(copy.sample, sample):
-                _copies.move_to_end(key)
-                return copy.packed
-            del _copies[key]
-    packed = module.lora_linear_pack_weight(weight, dtype, for_dgrad)
-    with _lock:
-        for stale in [k for k, c in _copies.items() if c.storage.expired()]:
-            del _copies[stale]
-        kept = sum(c.packed.numel() for c in _copies.values())
-        if policy == "always" or kept + packed.numel() <= budget_bytes():
-            storage = StorageWeakRef(weight.untyped_storage())
-            _copies[key] = _Copy(packed, storage, weight._version, sample.clone())
+            return copy
+    packed = module.lora_linear_pack_weight(weight.detach(), dtype, for_dgrad)
+    if policy != "never":
+        budget = -1 if policy == "always" else budget_bytes()
+        module.lora_linear_keep_packed_copy(weight, dtype, for_dgrad, packed, budget)
     return packed
