@@ -61,7 +61,7 @@ def test_report_table_joins_equal_blocks() -> None:
     lines = str(lk.apply(_mixed())).splitlines()
     assert lines[0].split() == ["layers", "status", "backend", "name", "reason"]
     # header, embedding, the linears of a block, its groups, summary
-    others = ("rotation", "RMS norms", "the activation is one pass")
+    others = ("rotation", "RMS norms", "the activation is one pass", "S themselves")
     rows = [line for line in lines if not any(words in line for words in others)]
     assert len([line for line in lines if line.endswith(others[2])]) == 1
     assert len(rows) == 1 + 1 + 7 + 2 + 1

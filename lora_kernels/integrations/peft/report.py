@@ -10,6 +10,7 @@ from lora_kernels.modules.report import STOCK, LayerReport, Report
 
 MLP, ROTARY = "gated_activation", "rotary_embedding"
 RECOMPUTED = "recomputed_activation"
+OFF = "fused_shrink is False"  # of what was not asked for nothing is printed
 
 
 def _pattern(name: str) -> str:
@@ -86,7 +87,7 @@ class ApplyReport(Report):
         """What does not happen is one line, of every kind together."""
         makers = {"norm_shrink": "norm", "activation_shrink": "activation"}
         made: Counter[str] = Counter()
-        for e in self.shrinks:
+        for e in (e for e in self.shrinks if e["reason"] != OFF):
             if e["status"] == STOCK:
                 made[f"blocks whose layers make S themselves: {e['reason']}"] += 1
                 continue
