@@ -59,7 +59,7 @@ def attention(
         seed: int or int64 tensor of one element; None draws one from torch's generator.
         return_lse: also return the log-sum-exp of the scores, the sink's term included.
         deterministic: True: the same bits from run to run. Every backend keeps to it; False
-            allows what none of them needs.
+            allows ``aten`` on a GPU kernels of libraries that add in any order.
         backend: None or ``auto``, ``reference``, ``aten``, ``triton``. A backend asked for by name
             never falls back.
 

@@ -33,7 +33,7 @@ _library.define(
 def problem(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, attn_mask: Tensor | None,
     cu_seqlens: Tensor | None, alibi_slopes: Tensor | None, window: tuple[int, int],
-    softcap: float, dropout_p: float,
+    softcap: float, dropout_p: float, deterministic: bool = True,
 ) -> AttentionProblem:  # fmt: skip
     mask = ""
     if attn_mask is not None:
@@ -45,7 +45,7 @@ def problem(
         Sk=k.shape[-3], Hk=k.shape[-2], Dv=v.shape[-1],
         window=window, softcap=softcap, sinks=sinks is not None, mask=mask,
         alibi=alibi_slopes is not None, varlen=packed, dropout_p=dropout_p, dtype=q.dtype,
-        device=q.device.type,
+        device=q.device.type, deterministic=deterministic,
     )  # fmt: skip
 
 
@@ -71,7 +71,8 @@ def _fwd(
         validate.check_boundaries(cu_seqlens_k, k.shape[0], "cu_seqlens_k")
     reach = (window[0], window[1])
     p = problem(
-        q, k, v, sinks, attn_mask, cu_seqlens, alibi_slopes, reach, softcap, dropout_p
+        q, k, v, sinks, attn_mask, cu_seqlens, alibi_slopes, reach, softcap, dropout_p,
+        deterministic,
     )  # fmt: skip
     with without_autocast(q.device.type):
         return launcher(p, backend, "fwd").attention_fwd(
@@ -89,7 +90,8 @@ def _bwd(
 ) -> list[Tensor]:  # fmt: skip
     reach = (window[0], window[1])
     p = problem(
-        q, k, v, sinks, attn_mask, cu_seqlens, alibi_slopes, reach, softcap, dropout_p
+        q, k, v, sinks, attn_mask, cu_seqlens, alibi_slopes, reach, softcap, dropout_p,
+        deterministic,
     )  # fmt: skip
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens

@@ -13,8 +13,9 @@ from lora_kernels.ops.attention.problem import AttentionProblem
 
 @dataclass(frozen=True)
 class Operands:
-    """q [B, S, H, D], k [B, Sk, Hk, D], v [B, Sk, Hk, Dv]; sinks [H]; mask 4-D, broadcast;
-    slopes [1 or B, H]; `first_stream` is the dropout stream of the first head."""
+    """q [B, S, H, D], k [B, Sk, Hk, D], v [B, Sk, Hk, Dv], or packed without B; sinks [H]; mask
+    4-D, broadcast; slopes [1 or B, H]; `first_stream` is the dropout stream of the first head.
+    Every path of ours is deterministic: `deterministic` is for library kernels."""
 
     q: Tensor
     k: Tensor
@@ -28,22 +29,28 @@ class Operands:
     softcap: float
     dropout_p: float
     first_stream: int = 0
+    deterministic: bool = True
 
     @property
     def wide(self) -> torch.dtype:
         """What scores and sums are in."""
         return torch.float64 if self.q.dtype == torch.float64 else torch.float32
 
-    def problem(self, mask_gradient: bool = False, lse_gradient: bool = False) -> AttentionProblem:
+    def problem(
+        self, mask_gradient: bool = False, lse_gradient: bool = False, sequences: int = 0
+    ) -> AttentionProblem:
+        """`sequences`: so many are packed, 0 for a batch."""
         mask = self.mask
         return AttentionProblem(
-            B=self.q.shape[0],
-            S=self.q.shape[1],
-            H=self.q.shape[2],
-            D=self.q.shape[3],
-            Sk=self.k.shape[1],
-            Hk=self.k.shape[2],
-            Dv=self.v.shape[3],
+            B=sequences or self.q.shape[0],
+            S=self.q.shape[-3],
+            H=self.q.shape[-2],
+            D=self.q.shape[-1],
+            Sk=self.k.shape[-3],
+            Hk=self.k.shape[-2],
+            Dv=self.v.shape[-1],
+            varlen=sequences != 0,
+            deterministic=self.deterministic,
             window=self.window,
             softcap=self.softcap,
             sinks=self.sinks is not None,

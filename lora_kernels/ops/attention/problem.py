@@ -26,7 +26,8 @@ class AttentionProblem:
     """q [B, S, H, D], k [B, Sk, Hk, D], v [B, Sk, Hk, Dv]; for `varlen`, B sequences of at most S.
 
     `window` is (left, right) with causal folded in: right = 0. -1: unlimited. `cache`: k and v are
-    a cache of capacity Sk, contiguous or paged, for attention_decode.
+    a cache of capacity Sk, contiguous or paged, for attention_decode. Not `deterministic`: a
+    library's kernel may add in any order.
     """
 
     B: int
@@ -48,6 +49,7 @@ class AttentionProblem:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     cache: str = ""
+    deterministic: bool = True
 
     @classmethod
     def from_shapes(cls, **shapes: object) -> AttentionProblem:
@@ -105,6 +107,7 @@ class AttentionProblem:
             "float16": self.dtype == torch.float16,
             "bfloat16": self.dtype == torch.bfloat16,
             "gpu": self.device != "cpu",
+            "deterministic": self.deterministic,
         }
         return frozenset(name for name, there in used.items() if there)
 
@@ -127,8 +130,12 @@ def supports(backend: str, problem: AttentionProblem) -> tuple[bool, str]:
         return True, "the cache as a batch, masked"
     if backend == "reference":
         return True, "plain PyTorch, all scores at once"
-    if backend == "aten":
+    if backend == "aten" and problem.device == "cpu":
         return True, capabilities.aten_path(problem.features())[1]
+    if backend == "aten":
+        from lora_kernels.ops.attention import libraries
+
+        return libraries.explain(problem)
     if problem.cache and backend == "cpu":
         from lora_kernels.ops.attention import decode_cpu
 
