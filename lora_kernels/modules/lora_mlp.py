@@ -192,7 +192,7 @@ def activate_and_project(
     operands: those of down for a call that may stand for ``down(...)``, with S that the activation
     made as `shrink` has it.
     """
-    wanted = None if operands is None else _wanted(gate, operands, kind, shrink)
+    wanted = None if operands is None else _wanted(gate, operands, shrink)
     s: Tensor | None = None
     if wanted is None:
         h = gated_activation(gate, up, kind)
@@ -213,14 +213,12 @@ def activate_and_project(
         return behind()
 
 
-def _wanted(gate: Tensor, down: Operands, kind: str, shrink: Switch) -> Wanted | None:
-    """What the activation has to make beside H ``[..., intermediate_size]``; None: nothing."""
-    if down.lora_a is None or down.dropout_p > 0.0 or torch.compiler.is_compiling():
+def _wanted(gate: Tensor, down: Operands, shrink: Switch) -> Wanted | None:
+    """What the activation has to make beside H ``[..., intermediate_size]``; None: nothing. Only
+    where it is asked for: what is measured is an MLP as one node."""
+    if shrink is not True or down.lora_a is None or down.dropout_p > 0.0:
         return None
-    if shrink is False or not usable(gate, (down.lora_a,)):
+    if torch.compiler.is_compiling() or not usable(gate, (down.lora_a,)):
         return None
-    backend = backend_for(
-        shrink, "activation_shrink", "fwd", gate, K=gate.shape[-1], N=(down.weight.shape[0],),
-        rank=(down.lora_a.shape[0],), adapter_dtype=down.lora_a.dtype, activation=kind,
-    )  # fmt: skip
+    backend = backend_for(shrink, "activation_shrink", "fwd", gate)
     return Wanted((down.lora_a,), backend) if backend else None

@@ -75,7 +75,7 @@ def fused_mlp(
     name = _dispatch.requested_backend(None)
     plan = Plan(
         kind, recompute and _nobody_packs(), tuple(o.scaling for o in dense), rates, name,
-        *(("", "") if packed else _made_in_the_activation(x, dense, kind, rates, shrink, name)),
+        *_made_in_the_activation(x, dense, kind, rates, shrink, name, packed),
         packed,
     )  # fmt: skip
     if shrunk is not None:
@@ -90,9 +90,12 @@ def fused_mlp(
 
 def _made_in_the_activation(
     x: Tensor, layers: list[Operands], kind: str, rates: tuple[float, float], shrink: Switch,
-    name: str,
+    name: str, packed: bool,
 ) -> tuple[str, str]:  # fmt: skip
     """`products` and `shrink` of the plan."""
+    if packed:  # dS of gate and up belongs to one adapter, and no such MLP was measured
+        asked = shrink is True and rates[1] == 0.0
+        return "", backend_for(True, "activation_shrink", "fwd", x) if asked else ""
     measured = (x.device.type, x.dtype) in _PRODUCTS
     products, beside = name if measured and rates[0] == 0.0 else "", ""
     if shrink is False or (measured and shrink == "auto"):

@@ -157,7 +157,9 @@ def _activation_reason(block: nn.Module, mlp: Mlp, down: nn.Module, switch: Swit
     layers = [m for m in first if is_adapted(m)]
     kind = activation_kind(child(block, mlp.act))
     whole = len(layers) == len(first) and not mlp.packed
-    reason = _switch_reason(switch, ACTIVATION, [*layers, down] if whole else [down], kind)
+    if switch == "auto" and not whole and _a_of(down).device.type != "cpu":
+        return "only MLPs of separate layers, all of them adapted, are measured"
+    reason = _switch_reason(switch, ACTIVATION, [*layers, down], kind)
     if reason:
         return reason
     if not issubclass(type(block), FusedMlp):
