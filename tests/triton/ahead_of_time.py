@@ -12,11 +12,13 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import launcher
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -29,7 +31,7 @@ TARGETS = {
     "sm_100": (GPUTarget("cuda", 100, 32), 148),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 304),
 }
-
+SMALLEST_SHARED = 65536  # bytes that a program may have on every one of them
 
 _SPILLS: dict[str, int] = {}  # the same machine code is read once
 
@@ -174,3 +176,35 @@ class Recorder:
             self.found.append(Compiled(self.kernel.fn.__name__, made, options))
 
         return launch
+
+
+def recorders(target: str, kernels: Sequence[Any]) -> tuple[list[Compiled], list[Recorder]]:
+    """(what launches will have compiled for `target`, a stand-in of each kernel)."""
+    compile_for(target)
+    found: list[Compiled] = []
+    return found, [Recorder(kernel, found) for kernel in kernels]
+
+
+def matrix(rows: int, columns: int, dtype: torch.dtype, layout: str = "rows") -> torch.Tensor:
+    """Without memory; `layout` says whose elements lie side by side."""
+    if layout == "columns":
+        return torch.empty(columns, rows, dtype=dtype, device="meta").t()
+    return torch.empty(rows, columns, dtype=dtype, device="meta")
+
+
+def assert_fits(found: Iterable[Compiled], most_shared: int = SMALLEST_SHARED) -> None:
+    """No spills, and no more shared memory than that."""
+    wrong = []
+    for made in {id(c.compiled): c for c in found}.values():
+        if made.shared > most_shared:
+            wrong.append(f"{made}: {made.shared} bytes of shared memory, not {most_shared}")
+        if made.spills():
+            wrong.append(f"{made}: spills {made.spills()}")
+    assert not wrong, "\n".join(wrong)
+
+
+def assert_no_tensor_maps(found: Iterable[Compiled]) -> None:
+    """The glue code of a launch can be made, and passes none."""
+    for made in found:
+        if made.is_cuda:
+            assert launcher.tensor_maps(made.compiled) == 0, made

@@ -93,9 +93,7 @@ def compile_case(monkeypatch):
 
 
 def record(monkeypatch: pytest.MonkeyPatch, target: str) -> list[ahead_of_time.Compiled]:
-    ahead_of_time.compile_for(target)
-    found: list[ahead_of_time.Compiled] = []
-    recorders = [ahead_of_time.Recorder(kernel, found) for kernel in KERNELS]
+    found, recorders = ahead_of_time.recorders(target, KERNELS)
     where = triton_configs.target(target, ahead_of_time.TARGETS[target][1])
     monkeypatch.setattr(host, "_kernels", lambda: host._Kernels(*recorders, False))
     monkeypatch.setattr(host, "_target", lambda *args: where)

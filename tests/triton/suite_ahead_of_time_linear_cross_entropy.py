@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 
 import ahead_of_time
-import launcher
 import pytest
 import torch
 
@@ -25,9 +24,7 @@ def compiled(monkeypatch):
     """The kernel of losses alone and of losses with their gradient, no element ever touched."""
 
     def run(target, dtype, vocabulary, smoothing=0.0, softcap=0.0):
-        ahead_of_time.compile_for(target)
-        found: list[ahead_of_time.Compiled] = []
-        recorder = ahead_of_time.Recorder(triton_rows.rows_to_losses, found)
+        found, [recorder] = ahead_of_time.recorders(target, [triton_rows.rows_to_losses])
         monkeypatch.setattr(host, "_kernel", lambda: recorder)
         work = host._Rows(-100, smoothing, softcap, 0.0)
         z = torch.empty(100, -(-vocabulary // 64) * 64, dtype=dtype)[:, :vocabulary]
@@ -40,15 +37,8 @@ def compiled(monkeypatch):
 
 
 def assert_fits(found: list[ahead_of_time.Compiled]) -> None:
-    wrong = [
-        f"{made}: {made.shared} bytes of shared memory, spills {made.spills()}"
-        for made in found
-        if made.shared > MOST_SHARED or made.spills()
-    ]
-    assert not wrong, "\n".join(wrong)
-    for made in found:
-        if made.is_cuda:
-            assert launcher.tensor_maps(made.compiled) == 0
+    ahead_of_time.assert_fits(found, MOST_SHARED)
+    ahead_of_time.assert_no_tensor_maps(found)
 
 
 def widest_loads(made: ahead_of_time.Compiled) -> set[str]:

@@ -100,16 +100,6 @@ def compile_case(monkeypatch):
     return compile_all
 
 
-def assert_fits(found: list[ahead_of_time.Compiled], target: configs.Target) -> None:
-    wrong = []
-    for made in {id(c.compiled): c for c in found}.values():
-        if made.shared > target.shared_bytes:
-            wrong.append(f"{made}: {made.shared} bytes of shared memory")
-        if made.spills():
-            wrong.append(f"{made}: spills {made.spills()}")
-    assert not wrong, f"{target.name}:\n" + "\n".join(wrong)
-
-
 def gemms(found: list[ahead_of_time.Compiled]) -> list[ahead_of_time.Compiled]:
     return [c for c in found if c.kernel.startswith("gemm")]
 
@@ -224,7 +214,8 @@ def test_every_configuration_of_the_default(target, monkeypatch):
     launches = configurations(target, monkeypatch)
     assert len(launches) > 70
     found = [launch.compile() for launch in launches]
-    assert_fits(found, configs.target(target, ahead_of_time.TARGETS[target][1]))
+    where = configs.target(target, ahead_of_time.TARGETS[target][1])
+    ahead_of_time.assert_fits(found, where.shared_bytes)
     assert_launchable(found)
 
 
@@ -264,7 +255,7 @@ def test_the_space_reaches_every_tile_of_the_default(monkeypatch):
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_defaults(compile_case, case):
     found, target = compile_case(case)
-    assert_fits(found, target)
+    ahead_of_time.assert_fits(found, target.shared_bytes)
     assert_units(found, case)
     assert_launchable(found)
 
@@ -279,7 +270,7 @@ def test_given_s_and_ds_leave_the_gemms_and_da(target, monkeypatch):
     names = [launch.name.partition("_")[0] for launch in found]
     assert names == ["gemm", "gemm", "gemm", "da", "sum", "gemm"]
     made = [found[3].compile()]
-    assert_fits(made, where)
+    ahead_of_time.assert_fits(made, where.shared_bytes)
     assert_units(made, case)
 
 
@@ -291,7 +282,7 @@ def test_every_kind_of_problem(compile_case, target, shapes):
     if refused(configs.target(target, 1), shapes):
         pytest.skip("the predicate refuses it")
     found, where = compile_case(case)
-    assert_fits(found, where)
+    ahead_of_time.assert_fits(found, where.shared_bytes)
     assert_units(found, case)
     assert_launchable(found)
 
@@ -315,7 +306,7 @@ def test_every_tile_that_the_predicate_lets_pass(compile_case, name, tile, dtype
     with configs.forced(gemm=tile):
         case = Case(name, rank, dtype=dtype, adapter=dtype, dropout_p=0.1 if dropout else 0.0)
         found, target = compile_case(case)
-    assert_fits(gemms(found), target)
+    ahead_of_time.assert_fits(gemms(found), target.shared_bytes)
 
 
 def test_a_tile_that_is_too_large_is_noticed(compile_case):
@@ -329,7 +320,7 @@ def test_a_tile_that_is_too_large_is_noticed(compile_case):
         with configs.forced(gemm=tile):
             found, _ = compile_case(Case("sm_80", M=256, K=512, N=(512,)))
         with pytest.raises(AssertionError, match=said):
-            assert_fits(gemms(found), target)
+            ahead_of_time.assert_fits(gemms(found), target.shared_bytes)
 
 
 def test_a_new_scaling_or_length_compiles_nothing_new(compile_case):

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import ahead_of_time
-import launcher
 import pytest
 import torch
 
@@ -55,11 +54,9 @@ def compile_case(monkeypatch):
     """Runs dequantization, forward and backward of a case into compilations; nothing is touched."""
 
     def compile_all(case: Case) -> tuple[list[ahead_of_time.Compiled], configs.Target]:
-        ahead_of_time.compile_for(case.target)
         processors = ahead_of_time.TARGETS[case.target][1]
         target = configs.Target(case.target, processors, SHARED_BYTES[case.target])
-        found: list[ahead_of_time.Compiled] = []
-        recorders = [ahead_of_time.Recorder(kernel, found) for kernel in KERNELS]
+        found, recorders = ahead_of_time.recorders(case.target, KERNELS)
         monkeypatch.setattr(host, "_kernels", lambda: host._Kernels(*recorders))
         monkeypatch.setattr(host, "_target", lambda *args: target)
         spec, seed = case.spec, torch.zeros((), dtype=torch.int64)
@@ -82,22 +79,11 @@ def compile_case(monkeypatch):
     return compile_all
 
 
-def assert_fits(found: list[ahead_of_time.Compiled], target: configs.Target) -> None:
-    wrong = []
-    for made in {id(c.compiled): c for c in found}.values():
-        if made.shared > target.shared_bytes:
-            wrong.append(f"{made}: {made.shared} bytes of shared memory")
-        if made.spills():
-            wrong.append(f"{made}: spills {made.spills()}")
-    assert not wrong, f"{target.name}:\n" + "\n".join(wrong)
-
-
 def assert_units(found: list[ahead_of_time.Compiled], case: Case) -> None:
     """What the speed stands on."""
     assert sum(c.kernel.startswith("dequantize") for c in found) == 1
+    ahead_of_time.assert_no_tensor_maps(found)
     for made in found:
-        if made.is_cuda:
-            assert launcher.tensor_maps(made.compiled) == 0, made
         if made.kernel == "products" and case.dtype != FP32:
             if case.target == "sm_90":
                 assert made.opcodes["HGMMA"] > 0, made
@@ -113,7 +99,7 @@ def assert_units(found: list[ahead_of_time.Compiled], case: Case) -> None:
 
 def assert_all(compile_case, case: Case) -> list[ahead_of_time.Compiled]:
     found, target = compile_case(case)
-    assert_fits(found, target)
+    ahead_of_time.assert_fits(found, target.shared_bytes)
     assert_units(found, case)
     return found
 
@@ -152,7 +138,7 @@ def test_extents_of_one(compile_case, format):
     """They are constants to the compiler, not values."""
     found, target = compile_case(Case("sm_90", format, K=128, N=1))
     assert {c.kernel for c in found} >= {"products", "finish"}
-    assert_fits(found, target)
+    ahead_of_time.assert_fits(found, target.shared_bytes)
 
 
 @pytest.mark.slow
@@ -166,7 +152,7 @@ def test_a_tile_that_is_too_large_is_noticed(compile_case):
     with configs.forced(launch=configs.Launch(64, 1, 1)):
         found, target = compile_case(Case("sm_80", "int8", rows=(128,), adapter=None))
     with pytest.raises(AssertionError, match="spills"):
-        assert_fits(found, target)
+        ahead_of_time.assert_fits(found, target.shared_bytes)
 
 
 def test_other_rows_compile_nothing_new(compile_case):

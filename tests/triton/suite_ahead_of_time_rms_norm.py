@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 
 import ahead_of_time
-import launcher
 import pytest
 import torch
 
@@ -18,7 +17,11 @@ from lora_kernels.ops.rms_norm import triton as host
 from lora_kernels.ops.rms_norm import triton_gradients, triton_normalize, triton_tiles
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-MOST_SHARED = 65536  # of the smallest of the devices
+KERNELS = (
+    triton_normalize.normalize,
+    triton_gradients.gradients,
+    _triton_partial_sums.sum_partials,
+)
 
 
 @pytest.fixture
@@ -26,27 +29,14 @@ def compiled(monkeypatch):
     """The kernels of a forward and a backward, no element of them ever touched."""
 
     def run(target, dtype, shape=(8192, 4096), ranks=(), layout="rows", weighted=True, wide=False):
-        ahead_of_time.compile_for(target)
-        found: list[ahead_of_time.Compiled] = []
-        kernels = host._Kernels(
-            *(
-                ahead_of_time.Recorder(kernel, found)
-                for kernel in (
-                    triton_normalize.normalize,
-                    triton_gradients.gradients,
-                    _triton_partial_sums.sum_partials,
-                )
-            )
-        )
+        found, kernels = ahead_of_time.recorders(target, KERNELS)
         processors = ahead_of_time.TARGETS[target][1]
-        monkeypatch.setattr(host, "_kernels", lambda: kernels)
+        monkeypatch.setattr(host, "_kernels", lambda: host._Kernels(*kernels))
         monkeypatch.setattr(host, "_device", lambda t: (processors, target.startswith("gfx")))
         m, k = shape
 
         def matrix(rows, columns, dtype=dtype):
-            if layout == "columns":
-                return torch.empty(columns, rows, dtype=dtype, device="meta").t()
-            return torch.empty(rows, columns, dtype=dtype, device="meta")
+            return ahead_of_time.matrix(rows, columns, dtype, layout)
 
         own = FP32 if wide else dtype
         weight = torch.empty(k, dtype=own, device="meta") if weighted else None
@@ -59,15 +49,8 @@ def compiled(monkeypatch):
 
 
 def assert_fits(found: list[ahead_of_time.Compiled]) -> None:
-    wrong = [
-        f"{made}: {made.shared} bytes of shared memory, spills {made.spills()}"
-        for made in found
-        if made.shared > MOST_SHARED or made.spills()
-    ]
-    assert not wrong, "\n".join(wrong)
-    for made in found:
-        if made.is_cuda:
-            assert launcher.tensor_maps(made.compiled) == 0
+    ahead_of_time.assert_fits(found)
+    ahead_of_time.assert_no_tensor_maps(found)
 
 
 FEW = [

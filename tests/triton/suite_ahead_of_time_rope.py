@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 
 import ahead_of_time
-import launcher
 import pytest
 import torch
 
@@ -17,7 +16,6 @@ from lora_kernels.ops.rope import triton as host
 from lora_kernels.ops.rope import triton_rotate
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-MOST_SHARED = 65536  # of the smallest of the devices
 
 
 @pytest.fixture
@@ -25,9 +23,7 @@ def compiled(monkeypatch):
     """The kernels of a forward and a backward, no element of them ever touched."""
 
     def run(target, dtype, interleaved, H=32, Hk=8, D=128, R=None, ids=True, layout=None):
-        ahead_of_time.compile_for(target)
-        found: list[ahead_of_time.Compiled] = []
-        recorder = ahead_of_time.Recorder(triton_rotate.rotate, found)
+        found, [recorder] = ahead_of_time.recorders(target, [triton_rotate.rotate])
         monkeypatch.setattr(host, "_kernel", lambda: recorder)
         heads = [torch.empty(2, 100, n, D, dtype=dtype) for n in (H, Hk) if n]
         if layout == "heads first":
@@ -44,15 +40,8 @@ def compiled(monkeypatch):
 
 
 def assert_fits(found: list[ahead_of_time.Compiled]) -> None:
-    wrong = [
-        f"{made}: {made.shared} bytes of shared memory, spills {made.spills()}"
-        for made in found
-        if made.shared > MOST_SHARED or made.spills()
-    ]
-    assert not wrong, "\n".join(wrong)
-    for made in found:
-        if made.is_cuda:
-            assert launcher.tensor_maps(made.compiled) == 0
+    ahead_of_time.assert_fits(found)
+    ahead_of_time.assert_no_tensor_maps(found)
 
 
 FEW = [
