@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
+from lora_kernels._backends import cpu as cpu_library
 from lora_kernels.errors import BackendUnavailableError, InvalidArgumentError
 
 BACKENDS = ("reference", "aten", "cpu", "triton", "cuda")
@@ -58,3 +63,29 @@ def resolve(
             return name, "; ".join([why, *passed_over]) if why else "; ".join(passed_over)
         passed_over.append(f"{name}: {why}")
     return "aten", "; ".join(passed_over) or "library GEMMs"
+
+
+def resolve_once(
+    op: str, requested: str, preference: tuple[str, ...], supports: Any, problem: Any
+) -> tuple[str, str]:
+    """:func:`resolve` for a problem on the CPU, or one that asks for a backend by name, remembered
+    for further calls; `supports(name, problem)`."""
+    module, _ = cpu_library.load()
+    isa = "" if module is None else module.isa()
+    disabled_now = os.environ.get("LORA_KERNELS_DISABLE", "")
+    return _resolved(op, requested, preference, supports, problem, disabled_now, isa)
+
+
+@functools.lru_cache(maxsize=4096)
+def _resolved(
+    op: str, requested: str, preference: tuple[str, ...], supports: Any, problem: Any,
+    disabled_now: str, isa: str,
+) -> tuple[str, str]:  # fmt: skip
+    """The last two serve the key alone."""
+    return resolve(op, requested, preference, lambda name: supports(name, problem))
+
+
+@functools.cache
+def backend_module(op: str, name: str) -> ModuleType:
+    """The module of a backend that `resolve` has named."""
+    return importlib.import_module(f"lora_kernels.ops.{op}.{name}")

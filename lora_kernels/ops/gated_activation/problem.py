@@ -109,7 +109,7 @@ def choose(
     name = _dispatch.requested_backend(requested)
     if name == "auto" and problem.device != "cpu":
         return _evidence.choose(OP, BACKENDS, problem, direction, supports)
-    return _dispatch.resolve(OP, name, ("cpu", "aten"), lambda b: supports(b, problem))
+    return _dispatch.resolve_once(OP, name, ("cpu", "aten"), supports, problem)
 
 
 def launcher(problem: GatedActivationProblem, requested: str, direction: str) -> ModuleType:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -77,12 +76,12 @@ def choose(
     name = _dispatch.requested_backend(requested)
     if name == "auto" and problem.device != "cpu":
         return _evidence.choose(OP, BACKENDS, problem, direction, supports)
-    return _dispatch.resolve(OP, name, ("cpu", "aten"), lambda b: supports(b, problem))
+    return _dispatch.resolve_once(OP, name, ("cpu", "aten"), supports, problem)
 
 
 def launcher(problem: RmsNormProblem, requested: str, direction: str) -> ModuleType:
     name, _ = choose(problem, requested, direction)
-    return importlib.import_module(f"lora_kernels.ops.{OP}.{name}")
+    return _dispatch.backend_module(OP, name)
 
 
 def flops(problem: RmsNormProblem, direction: str) -> float:

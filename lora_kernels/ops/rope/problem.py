@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-import os
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from lora_kernels._backends import cpu as cpu_library
 from lora_kernels.ops import _dispatch, _evidence, _shapes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -75,23 +71,11 @@ def choose(
     name = _dispatch.requested_backend(requested)
     if name == "auto" and problem.device != "cpu":
         return _evidence.choose(OP, BACKENDS, problem, direction, supports)
-    disabled = os.environ.get("LORA_KERNELS_DISABLE", "")
-    return _choose(problem, name, disabled, hasattr(cpu_library.load()[0], "rope_rotate"))
-
-
-@functools.lru_cache(maxsize=1024)
-def _choose(problem: RopeProblem, name: str, disabled: str, compiled: bool) -> tuple[str, str]:
-    """Cached on all that the answer depends on: `disabled` and `compiled` serve the key alone."""
-    return _dispatch.resolve(OP, name, ("cpu", "aten"), lambda b: supports(b, problem))
+    return _dispatch.resolve_once(OP, name, ("cpu", "aten"), supports, problem)
 
 
 def launcher(problem: RopeProblem, requested: str, direction: str) -> ModuleType:
-    return _backend_module(choose(problem, requested, direction)[0])
-
-
-@functools.cache
-def _backend_module(name: str) -> ModuleType:
-    return importlib.import_module(f"lora_kernels.ops.{OP}.{name}")
+    return _dispatch.backend_module(OP, choose(problem, requested, direction)[0])
 
 
 def flops(problem: RopeProblem, direction: str) -> float:
