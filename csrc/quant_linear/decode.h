@@ -336,9 +336,24 @@ void decode(const Weight& w, int64_t n, int64_t k0, int64_t count, T* out, bool 
         k0 = stop;
         continue;
       }
-      for (int64_t k = k0; k < stop; ++k) {
-        const int32_t g = w.group_of[k];
-        const int q = k % 2 ? codes[k / 2] & 15 : codes[k / 2] >> 4;
+      int64_t k = k0;
+#if defined(__AVX512F__)
+      for (; w.position != nullptr && k + 16 <= stop; k += 16) {
+        const __m512i at = _mm512_loadu_si512(w.position + k);
+        const __m512i g = _mm512_loadu_si512(w.group_of + k);
+        const __m512i word = _mm512_i32gather_epi32(_mm512_srli_epi32(at, 3), codes, 4);
+        // The even element of a byte is its high nibble.
+        const __m512i bits = _mm512_and_si512(
+            _mm512_slli_epi32(_mm512_xor_si512(at, _mm512_set1_epi32(1)), 2),
+            _mm512_set1_epi32(28));
+        const __m512i q = _mm512_and_si512(_mm512_srlv_epi32(word, bits), _mm512_set1_epi32(15));
+        const __m512 less = _mm512_sub_ps(_mm512_cvtepi32_ps(q), _mm512_i32gather_ps(g, zero, 4));
+        _mm512_storeu_ps(wide + (k - k0), _mm512_mul_ps(less, _mm512_i32gather_ps(g, scale, 4)));
+      }
+#endif
+      for (; k < stop; ++k) {
+        const int32_t g = w.group_of[k], at = w.position == nullptr ? k : w.position[k];
+        const int q = at % 2 ? codes[at / 2] & 15 : codes[at / 2] >> 4;
         wide[k - k0] = (static_cast<float>(q) - zero[g]) * scale[g];
       }
     }

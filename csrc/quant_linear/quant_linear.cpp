@@ -2,6 +2,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
+#include <ATen/ops/index_select.h>
 #include <ATen/ops/mean.h>
 #include <ATen/ops/sub.h>
 #include <ATen/ops/zeros.h>
@@ -179,10 +180,14 @@ std::tuple<at::Tensor, at::Tensor> quant_linear_fwd(
     const at::Tensor& x_given, const QuantWeight& weight, const std::optional<at::Tensor>& bias,
     const std::optional<at::Tensor>& lora_a, const std::optional<at::Tensor>& lora_b,
     double scaling, double dropout_p, const std::optional<at::Tensor>& seed) {
-  const Weight& w = weight.weight;
+  Weight w = weight.weight;
   TORCH_CHECK(x_given.dim() == 2 && x_given.size(1) == w.k, "quant_linear (cpu): x is ",
               x_given.sizes(), "; accepted: [M, ", w.k, "]");
-  const at::Tensor x = separate_rows(x_given);
+  // Codes sorted by group are those of a plain weight, for X and A with their columns sorted alike;
+  // masks number the columns as they came.
+  const bool sorted = w.position != nullptr && dropout_p == 0.0;
+  if (sorted) w.group_of = w.position = nullptr;
+  const at::Tensor x = sorted ? x_given.index_select(1, weight.order) : separate_rows(x_given);
   const at::ScalarType type = x.scalar_type();
   std::vector<at::Tensor> held;
   FwdParams p{};
@@ -195,7 +200,8 @@ std::tuple<at::Tensor, at::Tensor> quant_linear_fwd(
   }
   if (lora_a.has_value() && lora_b.has_value()) {
     p.rank = lora_a->size(0);
-    p.a = adapter(lora_a, type, p.rank, w.k, "lora_a", held);
+    p.a = adapter(sorted ? lora_a->index_select(1, weight.order) : *lora_a, type, p.rank, w.k,
+                  "lora_a", held);
     p.b = adapter(lora_b, type, w.n, p.rank, "lora_b", held);
     p.scaling = static_cast<float>(scaling);
     p.dropout = dropout_params(dropout_p, seed);

@@ -29,6 +29,7 @@ struct Weight {
                            // kInt8: [n]
   const float* zero;       // kInt4: [n, scale_columns]
   const int32_t* group_of; // kInt4: group of each column; null: column / block
+  const int32_t* position; // kInt4: where a column is in its row of codes; null: in its place
   const uint8_t* scale_codes;  // kFlat, nested statistics: scale = map[code] * nested + offset
   const float* nested_scale;
   const float* nested_map;

@@ -18,6 +18,7 @@ namespace lora_kernels::quant_linear {
 struct QuantWeight {
   Weight weight{};
   std::vector<at::Tensor> held;
+  at::Tensor order;  // int4 with codes sorted by group: the column of each position; else undefined
   int64_t repacked_bytes = 0;  // what an int4 weight costs beside its own parts
 };
 

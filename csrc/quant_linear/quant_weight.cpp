@@ -1,9 +1,11 @@
 // From the parts of a format to the Weight that kernels read.
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "quant_linear_host.h"
 
@@ -61,6 +63,39 @@ void repack_awq(const uint32_t* words, int64_t n, int64_t k, int64_t row_bytes, 
   });
 }
 
+// Columns sorted by group, each row of `codes` in that order; position: of each column. False, and
+// nothing done, where groups are not as long as those of a weight without act-order.
+bool sort_columns(const int32_t* group, const Weight& w, uint8_t* codes, int32_t* position,
+                  int64_t* order) {
+  const int64_t k = w.k, groups = w.scale_columns;
+  std::vector<int64_t> next(static_cast<size_t>(groups), 0);
+  for (int64_t i = 0; i < k; ++i) ++next[static_cast<size_t>(group[i])];
+  for (int64_t g = 0; g < groups; ++g) {
+    if (next[static_cast<size_t>(g)] != std::min(w.block, k - g * w.block)) return false;
+    next[static_cast<size_t>(g)] = g * w.block;
+  }
+  for (int64_t i = 0; i < k; ++i) {
+    const int64_t at = next[static_cast<size_t>(group[i])]++;
+    position[i] = static_cast<int32_t>(at);
+    order[at] = i;
+  }
+  at::parallel_for(0, w.n, 16, [&](int64_t begin, int64_t end) {
+    std::vector<uint8_t> row(static_cast<size_t>(w.row_bytes));
+    for (int64_t n = begin; n < end; ++n) {
+      uint8_t* to = codes + n * w.row_bytes;
+      std::copy_n(to, w.row_bytes, row.data());
+      std::fill_n(to, w.row_bytes, uint8_t{0});
+      for (int64_t at = 0; at < k; ++at) {
+        const int64_t from = order[at];
+        const int q = from % 2 ? row[static_cast<size_t>(from / 2)] & 15
+                               : row[static_cast<size_t>(from / 2)] >> 4;
+        to[at / 2] = static_cast<uint8_t>(to[at / 2] | (at % 2 ? q : q << 4));
+      }
+    }
+  });
+  return true;
+}
+
 void make_int4(QuantWeight& made, const std::string& layout,
                const std::vector<at::Tensor>& parts) {
   Weight& w = made.weight;
@@ -115,6 +150,13 @@ void make_int4(QuantWeight& made, const std::string& layout,
     if (!ordered) {
       made.held.push_back(parts[3].clone());
       w.group_of = made.held.back().const_data_ptr<int32_t>();
+      const at::Tensor position = at::empty({k}, at::kInt), order = at::empty({k}, at::kLong);
+      if (sort_columns(w.group_of, w, out, position.mutable_data_ptr<int32_t>(),
+                       order.mutable_data_ptr<int64_t>())) {
+        made.held.push_back(position);
+        made.order = order;
+        w.position = position.const_data_ptr<int32_t>();
+      }
     }
   }
   for (const at::Tensor& t : made.held) made.repacked_bytes += static_cast<int64_t>(t.nbytes());
