@@ -39,11 +39,14 @@ WEIGHTS = {
     "gptq": ("int4", "gptq", 48, 256, 128, 0, False),
     "gptq first version, ragged": ("int4", "gptq_v1", 49, 200, 32, 0, False),
     "gptq act-order": ("int4", "gptq", 40, 192, 64, 0, True),
+    "gptq groups of 32": ("int4", "gptq", 35, 192, 32, 0, False),
+    "gptq act-order, ragged": ("int4", "gptq", 33, 150, 64, 0, True),
     "gptq one group": ("int4", "gptq", 33, 136, 136, 0, False),
     "awq": ("int4", "awq", 41, 192, 64, 0, False),
     "fp8 rows": ("fp8", "fp8_row", 33, 70, 64, 0, False),
     "fp8 tensor": ("fp8", "fp8_tensor", 32, 128, 64, 0, False),
     "fp8 squares": ("fp8", "fp8_block", 130, 150, 128, 0, False),
+    "fp8 squares of 64": ("fp8", "fp8_block", 70, 200, 64, 0, False),
 }
 Parts = tuple[Tensor, ...]
 
@@ -109,6 +112,44 @@ def test_every_fp8_code(isa, dtype):
     finite = torch.where(want.isnan(), 0, codes.view(torch.uint8)).view(torch.float8_e4m3fn)
     y = plain(torch.eye(64, dtype=dtype), (finite, *scales), spec)
     assert torch.equal(y, reference.dequantize((finite, *scales), spec, dtype).t())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 70])
+def test_an_fp8_nan_reaches_its_results_alone(isa, m, dtype):
+    spec, (codes, scale) = make("fp8 squares")
+    x = 1.0 + torch.rand(m, spec.columns).to(dtype)
+    before = plain(x, (codes, scale), spec)
+    for column, code in ((3, 0x7F), (149, 0xFF)):
+        bad = codes.view(torch.uint8).clone()
+        bad[129, column] = code
+        y = plain(x, (bad.view(torch.float8_e4m3fn), scale), spec)
+        assert y[:, 129].isnan().all()
+        assert torch.equal(y[:, :129], before[:, :129])
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("uneven", [False, True])
+def test_act_order_of_equal_and_of_unequal_groups(isa, uneven, dropout_p):
+    """Sorted by group where the groups are whole, as they came where they are not."""
+    spec, parts = make("gptq act-order")
+    if uneven:
+        groups = parts[3].clone()
+        groups[groups == 1] = 2
+        groups[7] = 1
+        parts = (*parts[:3], groups)
+    for dtype in DTYPES:
+        x, _, bias, a, b = operands(spec, 5, 4, dtype)
+        seed = torch.tensor([9]) if dropout_p else None
+        tail = (bias, a, b, 0.7, dropout_p, seed)
+        w = reference.dequantize(parts, spec, dtype)
+        assert torch.equal(cpu.dequantize(parts, spec, dtype), w)
+        y, s = cpu.quant_linear_fwd(x, parts, spec, *tail)
+        wide = (t.double() for t in (x, w, bias, a, b))
+        y64, s64 = _oracle_fwd(*wide, *tail[3:])
+        low_y, low_s = reference.quant_linear_fwd(x, parts, spec, *tail)
+        assert_within_budget(y, y64, low_y, "y")
+        assert_within_budget(s, s64, low_s, "s")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -225,7 +266,7 @@ def test_long_rows_in_blocks(isa, weight, dropout_p):
     assert_within_budget(dx, dx64, low_dx, "dx")
 
 
-@pytest.mark.parametrize("weight", ["nf4 nested", "int8 ragged", "awq"])
+@pytest.mark.parametrize("weight", ["nf4 nested", "int8 ragged", "awq", "fp8 squares"])
 def test_bitwise_equal_from_run_to_run_and_for_any_threads(isa, threads, weight):
     spec, parts = make(weight)
     x, dy, bias, a, b = operands(spec, 150, 8, torch.bfloat16)
