@@ -61,6 +61,15 @@ def test_groups(dropout_p, ranks):
     check((2, 17), 48, (40, 16, 33), ranks, BF16, dropout_p=dropout_p, scaling=(0.5, -2.0, 1.25))
 
 
+@pytest.mark.parametrize("ranks", [(4, 0, 7), (0, 8, 0), (0, 0, 3)], ids=str)
+def test_members_without_an_adapter(ranks):
+    """S, dS and their padded columns are those of the adapted members."""
+    for needs in ("xwabc", "x", "a", "b"):
+        check((2, 17), 48, (40, 16, 33), ranks, BF16, needs=needs, scaling=(0.5, -2.0, 1.25))
+    with pytest.raises(RuntimeError, match=r"no adapter \(rank 0\), and there is dropout"):
+        check((2, 17), 48, (40, 16, 33), ranks, BF16, needs="", dropout_p=0.25)
+
+
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.float64], ids=str)
 def test_wider_adapters(adapter_dtype):
     check(40, 48, (40, 24), (8, 3), BF16, adapter_dtype=adapter_dtype)

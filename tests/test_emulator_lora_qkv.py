@@ -17,12 +17,12 @@ import torch
 from emulated_host_entry import LARGE
 
 from lora_kernels._backends import cuda as loader
+from lora_kernels.ops import _dispatch
 from lora_kernels.ops.lora_linear import cuda as lora_linear_cuda
 from lora_kernels.ops.lora_linear import problem as lora_linear_problem
 from lora_kernels.ops.lora_qkv import cuda
 from lora_kernels.ops.lora_qkv.problem import LoraQkvProblem
 from lora_kernels.ops.rope import cuda as rope_cuda
-from lora_kernels.ops.rope import problem as rope_problem
 from lora_kernels.testing import (
     BudgetExceededError,
     check_lora_qkv,
@@ -33,7 +33,7 @@ from lora_kernels.testing import (
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FAULTS = {"fragment_order": 1, "missing_barrier": 2, "missing_wait": 3, "shifted_table": 6}
-CACHES = (lora_linear_problem._choose, rope_problem._choose)
+CACHES = (lora_linear_problem._choose, _dispatch._resolved)
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +77,11 @@ def test_gradients():
 def test_dropout_adapters_of_another_dtype_and_no_bias():
     check((2, 17), 40, 2, 1, 16, dtype=BF16, dropout_p=0.4, needs="xab", rank=(3, 16, 8))
     check((2, 17), 40, 2, 1, 16, dtype=BF16, adapter_dtype=FP32, bias=False, needs="ab")
+
+
+def test_projections_without_an_adapter():
+    for rank in ((4, 0, 7), (0, 8, 0)):
+        check((2, 17), 40, 2, 1, 16, dtype=BF16, rank=rank, needs="xabc", tables="cache")
 
 
 @pytest.mark.parametrize("layout", ["sliced", "strided", "permuted", "misaligned"])
@@ -213,6 +218,7 @@ def test_reasons(monkeypatch):
         ({"D": 9, "R": 8}, "9 channels has no pairs"),
         ({"rank": 300}, "rank 300 is too large"),
         ({"members": 9}, "9 projections are too many"),
+        ({"frozen": 1, "dropout_p": 0.1}, "taken without dropout only"),
     ):
         shapes = {"M": 4, "K": 8, "H": 4, "D": 8, "dtype": BF16, "device": "cuda", **changes}
         able, why = cuda.supports(LoraQkvProblem.from_shapes(**shapes))

@@ -11,7 +11,8 @@ import torch
 from emulated_host_entry import LARGE
 
 from lora_kernels._backends import cuda as loader
-from lora_kernels.ops.rope import cuda, problem, rotate_in_place
+from lora_kernels.ops import _dispatch
+from lora_kernels.ops.rope import cuda, rotate_in_place
 from lora_kernels.ops.rope.problem import RopeProblem
 from lora_kernels.testing import (
     BudgetExceededError,
@@ -30,9 +31,9 @@ def emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
     operators, dll = emulated_host_entry.load("rope")
     monkeypatch.setattr(loader, "load", lambda: (operators, ""))
     monkeypatch.setattr(cuda, "supports", lambda _: (True, "emulated"))
-    problem._choose.cache_clear()
+    _dispatch._resolved.cache_clear()
     yield dll
-    problem._choose.cache_clear()
+    _dispatch._resolved.cache_clear()
     dll.lk_options(0, 0, LARGE)
 
 

@@ -85,7 +85,7 @@ def _problem(i: LoraQkvInputs) -> Keywords:
         "M": n.x.shape[:-1].numel(), "K": n.x.shape[-1], "H": heads[0], "Hk": sum(heads[1:]) // 2,
         "D": D, "R": i.tables.cos.shape[-1], "rank": max(a.shape[0] for a in n.lora_as),
         "interleaved": i.tables.interleaved, "dtype": n.x.dtype, "dropout_p": n.dropout_p,
-        "members": len(n.weights),
+        "members": len(n.weights), "frozen": sum(len(a) == 0 for a in n.lora_as),
     }  # fmt: skip
 
 

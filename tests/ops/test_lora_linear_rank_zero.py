@@ -10,6 +10,7 @@ from torch.library import opcheck
 
 from lora_kernels.errors import BackendUnavailableError, InvalidArgumentError
 from lora_kernels.ops import grouped_lora_linear
+from lora_kernels.ops.lora_linear import cuda
 from lora_kernels.ops.lora_linear import problem as problems
 from lora_kernels.testing import (
     BudgetExceededError,
@@ -120,11 +121,13 @@ def test_compiled():
     assert torch.equal(*grads)
 
 
-@pytest.mark.parametrize("name", ["triton", "cuda"])
-def test_other_kernels_say_that_they_want_an_adapter(name):
-    i = group("up")
+def test_other_kernels_say_that_they_want_an_adapter():
     with pytest.raises(BackendUnavailableError, match=r"a member has no adapter \(rank 0\)"):
-        lora_linear_op(i, name)
+        lora_linear_op(group("up"), "triton")
+    shapes = {"M": 4, "K": 8, "N": (8, 8), "rank": (0, 4), "dtype": torch.bfloat16}
+    problem = problems.LoraLinearProblem.from_shapes(**shapes, device="cuda", dropout_p=0.1)
+    able, why = cuda.supports(problem)
+    assert not able and "take without dropout" in why
 
 
 def test_messages():

@@ -46,6 +46,26 @@ def test_dropout_ranks_and_adapters_of_another_dtype(backend, joint):
     check_lora_qkv(i, backend)
 
 
+def test_projections_without_an_adapter(backend):
+    for rank in ((4, 0, 7), (0, 8, 0)):
+        for dropout_p in (0.0, 0.3):
+            i = lora_qkv_inputs(rank=rank, dropout_p=dropout_p, dtype=torch.bfloat16)
+            check_lora_qkv(i, backend)
+    n = i.linear
+    absent = dataclasses.replace(
+        i,
+        linear=dataclasses.replace(
+            n,
+            lora_as=[a if len(a) else None for a in n.lora_as],
+            lora_bs=[b if len(a) else None for a, b in zip(n.lora_as, n.lora_bs, strict=True)],
+        ),
+    )
+    pairs = zip(_call(i, backend=backend), _call(absent, backend=backend), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    with pytest.raises(BackendUnavailableError, match=r"cpu|no adapter"):
+        lora_qkv_op(i, "triton", "")
+
+
 @pytest.mark.parametrize("layout", ["sliced", "strided", "permuted", "misaligned"])
 def test_layouts(backend, layout):
     check_lora_qkv(lora_qkv_inputs(layout=layout), backend)
@@ -185,6 +205,14 @@ def test_autocast(backend):
         ({"position_ids": torch.full((5,), 5)}, "position_ids holds 5"),
         ({"position_ids": torch.zeros(2, 4, dtype=torch.int64)}, "position_ids has shape"),
         ({"dropout_p": 1.5}, "not a probability"),
+        ({"lora_as": [None] * 3, "lora_bs": [None] * 3}, r"lora_as\[0\] is a NoneType"),
+        (
+            {
+                "lora_as": [torch.zeros(0, 24)] * 3,
+                "lora_bs": [torch.zeros(8 * n, 0) for n in (3, 2, 2)],
+            },
+            "no projection has an adapter",
+        ),
         ({"seed": -1, "dropout_p": 0.5}, "seed=-1"),
         ({"interleaved": 1}, "interleaved=1"),
     ],

@@ -12,6 +12,9 @@ namespace lora_kernels::lora_linear::cuda {
 
 inline constexpr stable::Require require{"lora_linear"};
 
+// The kernels number the masks of members that they are given.
+constexpr const char* kMaskedFrozen = "a member has no adapter (rank 0), and there is dropout";
+
 struct Ranks {
   std::vector<int64_t> rank, column, padded_column;
   int64_t sum = 0, padded_sum = 0;
@@ -24,6 +27,13 @@ struct Ranks {
       sum += m.rows;
       padded_sum += padded_rank(m.rows);
     }
+  }
+
+  bool all_positive() const {
+    for (int64_t r : rank) {
+      if (r == 0) return false;
+    }
+    return true;
   }
 };
 
@@ -94,6 +104,7 @@ inline Forward prepare_forward(const stable::Place& place, const stable::Tensor&
   require(biases.size() == w.size(), "the lists differ in length");
   const size_t members = w.size();
   const Ranks ranks(a);
+  require(threshold == 0 || ranks.all_positive(), kMaskedFrozen);
   const std::optional<stable::Matrix> given_s = given(shrunk, "shrunk", x, ranks.sum, threshold);
 
   Forward made(x, stable::dtype_of(x_in, "x"));
@@ -108,10 +119,10 @@ inline Forward prepare_forward(const stable::Place& place, const stable::Tensor&
   made.held.push_back(scaled_s);
   std::vector<Operand> pa, pb;
   for (size_t g = 0; g < members; ++g) {
-    pb.push_back(pads.add(b[g], 0, b[g].columns));
-    if (!given_s) {
-      pa.push_back(pads.add(a[g], 0, a[g].columns));
-    } else {
+    const bool adapted = ranks.rank[g] > 0;
+    pb.push_back(adapted ? pads.add(b[g], 0, b[g].columns) : Operand{});
+    pa.push_back(adapted && !given_s ? pads.add(a[g], 0, a[g].columns) : Operand{});
+    if (adapted && given_s) {
       pads.copy(*given_s, ranks.column[g], ranks.rank[g], static_cast<float>(scalings[g]),
                 scaled_data + 2 * ranks.padded_column[g], ranks.padded_sum);
     }
@@ -119,21 +130,21 @@ inline Forward prepare_forward(const stable::Place& place, const stable::Tensor&
   pads.launch(place.stream);
 
   stable::Tensor space = stable::empty(x.tensor, {0});
-  if (!given_s) {
+  if (!given_s && ranks.sum > 0) {
     ShrinkParams shrink{};
     shrink.dtype = gemm.dtype;
     shrink.x = x.data;
     shrink.ldx = x.ld;
     shrink.m = x.rows;
     shrink.k = x.columns;
-    shrink.members = static_cast<int>(members);
     for (size_t g = 0; g < members; ++g) {
-      shrink.member[g] = {pa[g].data,
-                          pa[g].ld,
-                          ranks.rank[g],
-                          ranks.column[g],
-                          ranks.padded_column[g],
-                          static_cast<float>(scalings[g])};
+      if (ranks.rank[g] == 0) continue;
+      shrink.member[shrink.members++] = {pa[g].data,
+                                         pa[g].ld,
+                                         ranks.rank[g],
+                                         ranks.column[g],
+                                         ranks.padded_column[g],
+                                         static_cast<float>(scalings[g])};
     }
     shrink.s = made.s[0].mutable_data_ptr();
     shrink.lds = ranks.sum;
@@ -163,8 +174,8 @@ inline Forward prepare_forward(const stable::Place& place, const stable::Tensor&
       problem.bias = made.held.back().const_data_ptr();
       problem.bias_dtype = stable::dtype_of(made.held.back(), "bias");
     }
-    problem.first_term = static_cast<int>(2 * g);
-    problem.terms = 2;
+    problem.terms = ranks.rank[g] > 0 ? 2 : 1;
+    problem.first_term = static_cast<int>(2 * g) + 2 - problem.terms;
     const char* scaled = scaled_data + 2 * ranks.padded_column[g];
     gemm.term[2 * g] = {scaled, ranks.padded_sum, pb[g].data, pb[g].ld, ranks.rank[g], -1};
     gemm.term[2 * g + 1] = {x.data, x.ld, w[g].data, w[g].ld, x.columns, -1};

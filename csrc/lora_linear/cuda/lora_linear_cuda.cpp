@@ -83,6 +83,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> backward(
   require(dy.size() == members, "the lists differ in length");
   require(s.rows == x.rows && s.columns == ranks.sum && dtype_of(s_in, "s") == dtype,
           "s has another shape or dtype than forward gave it");
+  require(threshold == 0 || ranks.all_positive(), kMaskedFrozen);
   const Dropout dropout = make_dropout(threshold, seed);
   const std::optional<Matrix> given_ds = given(ds_in, "ds", x, ranks.sum, threshold);
   const bool need_ds = need_dx || need_da;
@@ -103,6 +104,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> backward(
     require(
         dy[g].rows == x.rows && dy[g].columns == w[g].rows && dtype_of(dys_in[g], "dy") == dtype,
         "dy has another shape or dtype than y");
+    if (ranks.rank[g] == 0) continue;
     if (need_dx) pa[g] = pads.add(a[g], 0, a[g].columns);
     if (make_ds) pb[g] = pads.add(b[g], 0, b[g].columns);
     if (need_ds && given_ds && !in_place) {
@@ -114,13 +116,16 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> backward(
   pads.launch(place.stream);
 
   std::vector<Tensor> das, dbs;
-  if (make_ds || need_db) {
+  if (need_db) {
+    for (const Matrix& m : b) dbs.push_back(stable::empty(m.tensor, {m.rows, m.columns}));
+  }
+  if ((make_ds || need_db) && ranks.sum > 0) {
     DyPassParams pass{};
     pass.dtype = dtype;
     pass.m = x.rows;
-    pass.members = static_cast<int>(members);
     for (size_t g = 0; g < members; ++g) {
-      DyMember& member = pass.member[g];
+      if (ranks.rank[g] == 0) continue;
+      DyMember& member = pass.member[pass.members++];
       member.dy = dy[g].data;
       member.lddy = dy[g].ld;
       member.b = pb[g].data;
@@ -132,10 +137,9 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> backward(
       member.padded_column = ranks.padded_column[g];
       member.scaling = static_cast<float>(scalings[g]);
       if (need_db) {
-        dbs.push_back(stable::empty(b[g].tensor, {b[g].rows, b[g].columns}));
-        member.db = dbs.back().mutable_data_ptr();
+        member.db = dbs[g].mutable_data_ptr();
         member.lddb = b[g].columns;
-        member.db_dtype = dtype_of(dbs.back(), "lora_b");
+        member.db_dtype = dtype_of(dbs[g], "lora_b");
       }
     }
     pass.ds = make_ds ? own_ds.mutable_data_ptr() : nullptr;
@@ -148,6 +152,9 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> backward(
     check_launch(launch_dy_pass(pass, place.stream), "dy_pass");
   }
   if (need_da) {
+    for (const Matrix& m : a) das.push_back(stable::empty(m.tensor, {m.rows, m.columns}));
+  }
+  if (need_da && ranks.sum > 0) {
     DaParams p{};
     p.dtype = dtype;
     p.x = x.data;
@@ -156,11 +163,10 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> backward(
     p.ldds = ldds;
     p.m = x.rows;
     p.k = x.columns;
-    p.members = static_cast<int>(members);
     for (size_t g = 0; g < members; ++g) {
-      das.push_back(stable::empty(a[g].tensor, {a[g].rows, a[g].columns}));
-      p.member[g] = {ranks.rank[g], ranks.padded_column[g], das.back().mutable_data_ptr(),
-                     a[g].columns, dtype_of(das.back(), "lora_a")};
+      if (ranks.rank[g] == 0) continue;
+      p.member[p.members++] = {ranks.rank[g], ranks.padded_column[g], das[g].mutable_data_ptr(),
+                               a[g].columns, dtype_of(das[g], "lora_a")};
     }
     p.dropout = dropout;
     p.sm_count = place.sm_count;
@@ -178,14 +184,17 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> backward(
     p.problems = 1;
     p.problem[0].n = p.problem[0].ldc = x.columns;
     p.problem[0].c = dx.mutable_data_ptr();
-    p.problem[0].terms = static_cast<int>(2 * members);
     p.dropout = dropout;
     p.sm_count = place.sm_count;
+    int& terms = p.problem[0].terms;
     for (size_t g = 0; g < members; ++g) {
+      if (ranks.rank[g] == 0) continue;
       const char* part = ds_data + 2 * ranks.padded_column[g];
       const int stream = threshold > 0 ? static_cast<int>(g) : -1;
-      p.term[g] = {part, ldds, pa[g].data, pa[g].ld, ranks.rank[g], stream};
-      p.term[members + g] = {dy[g].data, dy[g].ld, w[g].data, w[g].ld, w[g].rows, -1};
+      p.term[terms++] = {part, ldds, pa[g].data, pa[g].ld, ranks.rank[g], stream};
+    }
+    for (size_t g = 0; g < members; ++g) {
+      p.term[terms++] = {dy[g].data, dy[g].ld, w[g].data, w[g].ld, w[g].rows, -1};
     }
     run_gemm(p, gemm, place);
   }

@@ -85,7 +85,7 @@ def grouped_lora_linear(
     Args and errors as :func:`lora_linear`, one list entry per member; out_features and r may
     differ between members. Each member drops its own elements of x, as separate layers would.
     A member without an adapter has None in lora_as and lora_bs (or a rank of 0); one at least has
-    an adapter. The kernels of triton and cuda want one for every member.
+    an adapter. The kernels of triton want one for every member, cuda where there is dropout.
     `shrunk` is ``[..., sum of ranks]``, the members' products side by side.
 
     Returns:

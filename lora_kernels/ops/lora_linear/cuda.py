@@ -44,7 +44,11 @@ def supports(problem: LoraLinearProblem) -> tuple[bool, str]:
         return False, f"rank {max(problem.rank)} is too large; at most {_MAX_RANK}"
     if max(problem.M, problem.K, *problem.N) > _MAX_EXTENT:
         return False, f"an extent is larger than {_MAX_EXTENT}"
+    if 0 in problem.rank and problem.dropout_p > 0.0:
+        return False, "a member has no adapter (rank 0), which the kernels take without dropout"
     reason = backend.device_reason() or (_given_reason() if problem.given else "")
+    if not reason and 0 in problem.rank:
+        reason = _frozen_reason()
     return not reason, reason or f"CUDA C++ kernels, {_gemm_of(problem)}"
 
 
@@ -54,6 +58,14 @@ def _given_reason() -> str:
     library, _ = backend.load()
     known = {a.name for a in library.lora_linear_fwd.default._schema.arguments}
     return "" if "shrunk" in known else "the CUDA library predates a given S or dS; rebuild it"
+
+
+@functools.cache
+def _frozen_reason() -> str:
+    """Why the library takes no member of rank 0; "" where it does, as of lora_qkv."""
+    library, _ = backend.load()
+    known = hasattr(library, "lora_qkv_fwd")
+    return "" if known else "the CUDA library predates members without an adapter; rebuild it"
 
 
 def _gemm_of(problem: LoraLinearProblem) -> str:

@@ -95,7 +95,7 @@ def supports(backend: str, problem: LoraLinearProblem) -> tuple[bool, str]:
         from lora_kernels.ops.lora_linear import cpu
 
         return cpu.supports(problem)
-    if 0 in problem.rank:
+    if 0 in problem.rank and backend != "cuda":
         return False, "a member has no adapter (rank 0), which these kernels do not take"
     if problem.device == "cuda" and _ledger.device(problem.device_index) is None:
         return False, f"torch sees no GPU {problem.device_index} here"

@@ -14,8 +14,8 @@ from lora_kernels.ops.lora_qkv import autograd, contract, validate
 def lora_qkv(
     x: Tensor,
     weights: Sequence[Tensor],
-    lora_as: Sequence[Tensor],
-    lora_bs: Sequence[Tensor],
+    lora_as: Sequence[Tensor | None],
+    lora_bs: Sequence[Tensor | None],
     scalings: Sequence[float],
     cos: Tensor,
     sin: Tensor,
@@ -35,7 +35,9 @@ def lora_qkv(
         x: ``[B, S, in_features]`` or packed ``[T, in_features]``; fp32, bf16, fp16 or fp64.
         weights: of each projection ``[heads * head_dim, in_features]`` in the dtype of x: three of
             them, or one that holds queries, keys and values in this order.
-        lora_as, lora_bs, scalings, biases, dropout_p, seed: as in :func:`grouped_lora_linear`.
+        lora_as, lora_bs, scalings, biases, dropout_p, seed: as in :func:`grouped_lora_linear`; a
+            projection without an adapter has None (or a rank of 0), which triton does not take,
+            nor cuda with dropout.
         cos, sin, interleaved, position_ids: as in :func:`rope`.
         head_dim: channels of a head.
         rotated: of each projection, how many of its heads are rotated, from the first on:
@@ -60,6 +62,7 @@ def lora_qkv(
         weights=weights, lora_as=lora_as, lora_bs=lora_bs, scalings=scalings, biases=biases,
         rotated=rotated,
     )  # fmt: skip
+    lora_as, lora_bs = validate.with_empty_adapters(weights, lora_as, lora_bs)
     autocast = (
         isinstance(x, Tensor)
         and x.device.type != "meta"

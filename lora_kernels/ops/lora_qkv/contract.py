@@ -42,6 +42,7 @@ def _fwd(
         M=x.shape[0], K=x.shape[1], H=widths[0], Hk=sum(widths[1:]) // 2, D=head_dim,
         R=cos.shape[-1], rank=max(a.shape[0] for a in lora_as), interleaved=interleaved,
         dtype=x.dtype, device=x.device.type, dropout_p=dropout_p, members=len(weights),
+        frozen=sum(a.shape[0] == 0 for a in lora_as),
     )  # fmt: skip
     requested = None if backend == "auto" else backend
     name, _ = choose(problem, requested)

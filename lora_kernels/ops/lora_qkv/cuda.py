@@ -34,6 +34,8 @@ def supports(problem: LoraQkvProblem) -> tuple[bool, str]:
         return False, f"dtype {problem.dtype} is not supported; bfloat16 and float16 are"
     if problem.D % 2:
         return False, f"a head of {problem.D} channels has no pairs; an even number has"
+    if problem.frozen and problem.dropout_p > 0.0:
+        return False, "a projection has no adapter (rank 0), which is taken without dropout only"
     if problem.K == 0:
         return False, "in_features is 0"
     if problem.members > _MAX_GROUP:

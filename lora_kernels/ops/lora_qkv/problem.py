@@ -19,7 +19,8 @@ OP = "lora_qkv"
 @dataclass(frozen=True)
 class LoraQkvProblem:
     """Q [M, H D], K [M, Hk D] and V [M, Hk D] from X [M, K]; R channels of a head are rotated.
-    `rank` is the largest of the `members`, the projections that these are made by."""
+    `rank` is the largest of the `members`, the projections that these are made by, of which
+    `frozen` have no adapter."""
 
     M: int
     K: int
@@ -33,10 +34,11 @@ class LoraQkvProblem:
     device: str = "cpu"
     dropout_p: float = 0.0
     members: int = 3
+    frozen: int = 0
 
     def evidence_key(self) -> _evidence.Key:
         """A measurement speaks for its own size of heads alone."""
-        return _evidence.fields_key(self, exact=("D", "R", "members"))
+        return _evidence.fields_key(self, exact=("D", "R", "members", "frozen"))
 
     @classmethod
     def from_shapes(cls, **shapes: Any) -> LoraQkvProblem:

@@ -42,6 +42,8 @@ def supports(problem: LoraQkvProblem) -> tuple[bool, str]:
         return False, reason
     if problem.dtype not in _DTYPES:
         return False, f"dtype {problem.dtype} is not supported; float32, bfloat16 and float16 are"
+    if problem.frozen:
+        return False, "a projection has no adapter (rank 0), which this kernel does not take"
     if problem.dropout_p > 0.0:
         return False, "dropout masks x for S; lora_linear does that, and rope follows it"
     if problem.D % 2:

@@ -26,13 +26,30 @@ def check_lists(**lists: Sequence[Any]) -> None:
         _fail(f"the lists must have one entry per projection, at least one; got {given}")
 
 
+def with_empty_adapters(
+    weights: Sequence[Tensor], lora_as: Sequence[Tensor | None], lora_bs: Sequence[Tensor | None]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """A [0, K] and B [N, 0] in place of a projection's None, in the dtypes of the others."""
+    some = [(a, b) for a, b in zip(lora_as, lora_bs, strict=True) if a is not None]
+    as_, bs = list(lora_as), list(lora_bs)
+    for g, (w, a, b) in enumerate(zip(weights, lora_as, lora_bs, strict=True)):
+        if a is None and b is None and isinstance(w, Tensor) and w.dim() == 2 and some:
+            (n, k), (like_a, like_b) = w.shape, some[0]
+            if isinstance(like_a, Tensor) and isinstance(like_b, Tensor):
+                as_[g], bs[g] = like_a.new_empty(0, k), like_b.new_empty(n, 0)
+    return as_, bs  # type: ignore[return-value]
+
+
 def check_tensors(
     x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, autocast: bool,
     **lists: Sequence[Tensor | None],
 ) -> None:  # fmt: skip
     named: list[tuple[str, Any]] = [("x", x), ("cos", cos), ("sin", sin)]
     for name, members in lists.items():
-        named += [(f"{name}[{g}]", t) for g, t in enumerate(members) if t is not None]
+        optional = name == "biases"
+        named += [
+            (f"{name}[{g}]", t) for g, t in enumerate(members) if t is not None or not optional
+        ]
     if position_ids is not None:
         named.append(("position_ids", position_ids))
     for name, t in named:
@@ -66,8 +83,8 @@ def check_projections(
         if w.dim() != 2 or w.shape[1] != k or w.shape[0] % head_dim:
             _fail(f"weights[{g}] has shape {list(w.shape)}; accepted: [heads * {head_dim}, {k}]")
         n = w.shape[0]
-        if a.dim() != 2 or a.shape[1] != k or a.shape[0] < 1:
-            _fail(f"lora_as[{g}] has shape {list(a.shape)}; accepted: [r >= 1, {k}]")
+        if a.dim() != 2 or a.shape[1] != k:
+            _fail(f"lora_as[{g}] has shape {list(a.shape)}; accepted: [r >= 0, {k}]")
         if b.dim() != 2 or tuple(b.shape) != (n, a.shape[0]):
             _fail(f"lora_bs[{g}] has shape {list(b.shape)}; accepted: [{n}, {a.shape[0]}]")
         if bias is not None and tuple(bias.shape) != (n,):
@@ -78,6 +95,8 @@ def check_projections(
             continue  # a traced float has no value yet
         if not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
             _fail(f"scalings[{g}]={scaling!r} is not usable; accepted: a finite number")
+    if not any(a.shape[0] for a in lora_as):
+        _fail("no projection has an adapter; accepted: r >= 1 for one of them at least")
 
 
 def check_rotation(
