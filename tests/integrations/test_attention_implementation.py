@@ -266,6 +266,26 @@ def test_models_without_sdpa_that_count_on_their_mask(stem):
     assert_within_budget(got, exact, low)
 
 
+def test_a_causal_model_that_adds_its_mask():
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 61,
+        "num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.2,
+        "pad_token_id": 0,
+    }  # fmt: skip
+    vision = sizes | {"image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    model = transformers.GitForCausalLM(
+        transformers.GitConfig(vision_config=vision, **sizes)
+    ).eval()
+    mask = padding("left")
+    inputs = {"input_ids": tokens(), "attention_mask": mask}
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        want = model(**inputs).logits[mask.bool()]
+        model.set_attn_implementation("lora_kernels")
+        assert torch.equal(model(**inputs).logits[mask.bool()], want)  # its text layers are its own
+
+
 @pytest.mark.parametrize("mask", ["none", "bool", "additive"])
 def test_chosen_keys(mask):
     """Sparse attention hands over which keys a query may see."""

@@ -8,8 +8,6 @@ registered, the mask being that of ``sdpa``: boolean, or None where it would say
 
 from __future__ import annotations
 
-import functools
-import sys
 from typing import Any
 
 import torch
@@ -48,25 +46,35 @@ def register_attention() -> str:
 def make_mask(*args: Any, config: Any = None, **kwargs: Any) -> Tensor | None:
     """``sdpa_mask``; additive, and never None, for models that would misread a boolean one or none.
 
-    Those are encoder-decoder models without ``sdpa`` and their halves: the attention of a decoder
-    is causal by its mask alone, and some of their layers add the mask to the scores by themselves.
+    They are those that claim to work with neither ``sdpa`` nor other implementations: some of their
+    layers add the mask to the scores by themselves, or are causal by the mask alone.
     """
-    coder = any(getattr(config, name, False) for name in ("is_encoder_decoder", "is_decoder"))
-    if not coder or _supports_sdpa(config.__class__):
+    if config is None or _takes_any_mask(config.__class__):
         return sdpa_mask(*args, config=config, **kwargs)
     kwargs["allow_is_bidirectional_skip"] = False
     return eager_mask(*args, config=config, **kwargs)
 
 
-@functools.cache
-def _supports_sdpa(config: Any) -> bool:
-    """Does a model of the module beside that of this configuration."""
-    name = config.__module__.replace(".configuration_", ".modeling_")
-    return any(
-        isinstance(cls, type) and issubclass(cls, PreTrainedModel) and cls._supports_sdpa
-        for cls in vars(sys.modules.get(name, sys)).values()
-        if getattr(cls, "__module__", "") == name
-    )
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def _takes_any_mask(config: Any) -> bool:
+    """Does a model of this class of configuration claim so; True where there is no such model."""
+    if config not in _takes:
+        _takes[config] = _claims(config)
+    return _takes[config]
+
+
+_takes: dict[Any, bool] = {}
+
+
+def _claims(config: Any) -> bool:
+    models = [m for m in _subclasses(PreTrainedModel) if getattr(m, "config_class", None) is config]
+    claims = ("_supports_sdpa", "_supports_attention_backend")
+    return not models or any(getattr(m, claim, False) for m in models for claim in claims)
+
+
+def _subclasses(cls: Any) -> set[Any]:
+    direct = set(cls.__subclasses__())
+    return direct.union(*map(_subclasses, direct))
 
 
 def attention_forward(
