@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,7 +25,6 @@ if library is not None and not hasattr(library, "attention_bwd"):
     library, reason = None, "lora_kernels._C was built without attention"
 pytestmark = pytest.mark.skipif(library is None, reason=reason)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ISAS = library.machine_isas() if library is not None else ["none"]
 # Edges of blocks (64 rows, 128 keys), of strips (8 to 32 keys) and of vectors.
 CASES = {
     "one": {"B": 1, "S": 1, "H": 1, "D": 1, "Sk": 2},
@@ -43,20 +41,6 @@ CASES = {
     },
     "hidden": {"S": 40, "Sk": 50, "mask": "bool", "mask_shape": (2, 1, 40, 50), "alibi": True},
 }  # fmt: skip
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    library.set_isa_limit(request.param)
-    yield request.param
-    library.set_isa_limit("")
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

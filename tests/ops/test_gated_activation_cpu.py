@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -31,15 +30,7 @@ if library is not None and not hasattr(library, "gated_activation_bwd_products")
     library, reason = None, "lora_kernels._C predates products in gated_activation; rebuild it"
 pytestmark = pytest.mark.skipif(library is None, reason=reason)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ISAS = library.machine_isas() if library is not None else ["none"]
 KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu_squared")
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    library.set_isa_limit(request.param)
-    yield request.param
-    library.set_isa_limit("")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

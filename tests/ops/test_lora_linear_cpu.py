@@ -32,20 +32,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ISAS = library.machine_isas() if library is not None else ["none"]
 
 
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    library.set_isa_limit(request.param)
-    yield request.param
-    library.set_isa_limit("")
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
 def _no_copies() -> Iterator[None]:
     packing.set_pack_policy(None)

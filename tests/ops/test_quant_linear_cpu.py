@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -23,7 +22,6 @@ if library is not None:
     from lora_kernels.ops.quant_linear import cpu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ISAS = library.machine_isas() if library is not None else ["none"]
 ROWS = (*range(1, 34), 64, 127, 128, 513)
 # format, layout, N, K, block, nested block, act-order
 WEIGHTS = {
@@ -70,20 +68,6 @@ def operands(spec: QuantSpec, m: int, rank: int, dtype: torch.dtype) -> tuple[Te
         torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype), torch.randn(n).to(dtype),
         torch.randn(rank, k).to(dtype), (scale * torch.randn(n, rank)).to(dtype),
     )  # fmt: skip
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    library.set_isa_limit(request.param)
-    yield request.param
-    library.set_isa_limit("")
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def plain(x: Tensor, parts: Parts, spec: QuantSpec, bias: Tensor | None = None) -> Tensor:

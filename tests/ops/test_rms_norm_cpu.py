@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -27,21 +26,6 @@ if library is not None and not hasattr(library, "rms_norm_bwd"):
     library, reason = None, "lora_kernels._C was built without rms_norm"
 pytestmark = pytest.mark.skipif(library is None, reason=reason)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ISAS = library.machine_isas() if library is not None else ["none"]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    library.set_isa_limit(request.param)
-    yield request.param
-    library.set_isa_limit("")
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
