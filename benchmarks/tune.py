@@ -51,13 +51,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def entries(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def directions(op: str) -> tuple[str, ...]:
+    """What is judged apart: an op's two directions; of a pair of ops, for what it is chosen."""
+    return ROWS[op].modes if op in _ledger.PAIRS else _ledger.DIRECTIONS
+
+
+def entries(
+    rows: list[dict[str, Any]], modes: tuple[str, ...] = _ledger.DIRECTIONS
+) -> list[dict[str, Any]]:
     """Times of `aten` and of the kernels, per problem as evidence tells it, and direction."""
     made: dict[str, dict[str, Any]] = {}
     backends = (FLOOR, *BACKENDS)
     for r in rows:
         backend = r["provider"].removesuffix("-fp32")
-        if r["skipped"] or r["mode"] not in _ledger.DIRECTIONS or backend not in backends:
+        if r["skipped"] or r["mode"] not in modes or backend not in backends:
             continue
         told = {"sizes": r["sizes"], "kind": r["kind"], "direction": r["mode"]}
         entry = made.setdefault(json.dumps(told, sort_keys=True), {**told, "ms": {}})
@@ -82,7 +89,7 @@ def table(record: dict[str, Any], op: str, configs: list[dict[str, Any]]) -> dic
             for b, k in record["kernels"][op].items()
             if b in BACKENDS
         },
-        "entries": entries([r for r in record["rows"] if r["op"] == op]),
+        "entries": entries([r for r in record["rows"] if r["op"] == op], directions(op)),
         "configs": configs,
     }
 
@@ -155,7 +162,7 @@ def measure(argv: list[str], options: argparse.Namespace, device: dict[str, Any]
     tiles = SEARCHES.get(op)
     if tiles is not None and options.seconds > 0:
         configs = tiles.search(timed, until, say=lambda line: print(line, flush=True))
-    run = Run(gpu.ceilings(timed), timed, rounds=10, modes=_ledger.DIRECTIONS)
+    run = Run(gpu.ceilings(timed), timed, rounds=10, modes=directions(op))
     kernels = (FLOOR, *ROWS[op].gpu_backends())
     names = tuple(n for n in ROWS[op].providers() if n.removesuffix("-fp32") in kernels)
     names = (*(n for n in ("frozen",) if n in ROWS[op].providers()), *names)

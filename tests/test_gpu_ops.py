@@ -18,6 +18,7 @@ from benchmarks.gpu_ops import ROWS
 from benchmarks.gpu_ops.row import FLOOR, GPU_BACKENDS, GpuOp, Run, Work
 from benchmarks.peers import UnavailableError
 from benchmarks.timing import wall_clock
+from lora_kernels.errors import BackendUnavailableError
 from lora_kernels.ops import _evidence, _ledger, _registry
 from lora_kernels.testing import BudgetExceededError, moved
 from tests.test_gpu_check import TOP
@@ -321,9 +322,14 @@ def _ledger_package() -> Path:
     return _ledger.PACKAGE
 
 
-@pytest.mark.parametrize(
-    ("op", "backend"), sorted({(op, b) for op, own in parts.covered().items() for b in own[1:]})
-)
+def _single_ops() -> list[tuple[str, str]]:
+    from lora_kernels.ops import _ledger
+
+    own = {op: backends for op, backends in parts.covered().items() if op not in _ledger.PAIRS}
+    return sorted({(op, b) for op, backends in own.items() for b in backends[1:]})
+
+
+@pytest.mark.parametrize(("op", "backend"), _single_ops())
 def test_evidence_belongs_to_every_file_that_a_kernel_is_made_of(op, backend):
     """Else a changed kernel would keep the verdict of the one before."""
     from lora_kernels.ops import _ledger
@@ -335,3 +341,52 @@ def test_evidence_belongs_to_every_file_that_a_kernel_is_made_of(op, backend):
     assert (root / "ops" / op / f"{backend}.py") in own
     missing = sorted(str(p.relative_to(root)) for p in own - hashed)
     assert not missing, f"add to _ledger.SOURCES, or name the files so: {missing}"
+
+
+def test_pairs_of_ops_are_those_of_the_ledger():
+    from lora_kernels.ops._shrink_pairs import PAIRS
+
+    assert {spec.name for spec in PAIRS} == set(_ledger.PAIRS) <= set(ROWS)
+    assert all(_registry.find(op) for parts_of in _ledger.PAIRS.values() for op in parts_of)
+
+
+@pytest.mark.parametrize("pair", _ledger.PAIRS)
+@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_what_a_pair_hands_on_is_right(pair, number, backend):
+    """The path that a GPU backend is timed on, on backends that run here."""
+    row = ROWS[pair]
+    inputs = row.inputs(**row.small[number])
+    try:
+        results = row.work(inputs, backend).results()
+    except BackendUnavailableError as error:
+        pytest.skip(str(error))
+    row.judge(inputs)(results, backend)
+
+
+@pytest.mark.parametrize("changed", ["first triton", "first cuda", "behind triton", "behind cuda"])
+@pytest.mark.parametrize("pair", _ledger.PAIRS)
+def test_evidence_of_a_pair_belongs_to_the_kernels_of_both_ops(pair, changed, monkeypatch):
+    part, backend = changed.split()
+    op = _ledger.PAIRS[pair][part == "behind"]
+    before = {b: _ledger.source_digest(pair, b) for b in GPU_BACKENDS}
+    real = _ledger.source_digest
+
+    def other(name: str, b: str) -> str:
+        return "another" if (name, b) == (op, backend) else real.__wrapped__(name, b)
+
+    monkeypatch.setattr(_ledger, "source_digest", other)
+    after = {b: other(pair, b) for b in GPU_BACKENDS}
+    touched = {backend} if part == "first" else set(GPU_BACKENDS)
+    assert {b for b in GPU_BACKENDS if before[b] != after[b]} == touched
+
+
+def test_a_pair_measured_beside_other_choices_says_nothing(monkeypatch):
+    """What `auto` takes for the ops by themselves is part of the key."""
+    find = _registry.find("norm_shrink")
+    shapes = {"M": 4096, "K": 4096, "N": (4096, 1024, 1024), "device": "cuda"}
+    measured = _evidence.key_of(find.problem(alone="aten/aten", layers="aten/aten", **shapes))
+    entry = _ledger.Entry(dict(measured.sizes), dict(measured.kind), "fwd", {FLOOR: 1.0})
+    for M, layers, near in ((2048, "aten/aten", True), (4096, "triton/aten", False)):
+        asked = find.problem(alone="aten/aten", layers=layers, **(shapes | {"M": M}))
+        assert (_evidence.distance(entry, _evidence.key_of(asked), "fwd") is not None) == near

@@ -8,11 +8,13 @@ table that `auto` reads) follows from it. row.py says what a row is.
 from __future__ import annotations
 
 from benchmarks.gpu_ops import (
+    activation_shrink,
     attention,
     gated_activation,
     linear_cross_entropy,
     lora_linear,
     lora_qkv,
+    norm_shrink,
     quant_linear,
     rms_norm,
     rope,
@@ -30,5 +32,7 @@ ROWS: dict[str, GpuOp] = {
         lora_qkv.ROW,
         gated_activation.ROW,
         rms_norm.ROW,
+        norm_shrink.ROW,
+        activation_shrink.ROW,
     )
 }

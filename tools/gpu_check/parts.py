@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks import record as records
 from lora_kernels.ops import _evidence
 from lora_kernels.ops._registry import OPS
+from lora_kernels.ops._shrink_pairs import PAIRS
 
 PARTS = ("tests", "sanitize", "bench")
 FLOOR = _evidence.FLOOR
@@ -19,8 +20,9 @@ NOBODYS = "any"  # failures that no op or no backend owns
 
 
 def covered() -> dict[str, tuple[str, ...]]:
-    """Op -> `aten` and its backends for GPUs, of every op that has one."""
-    found = {spec.name: tuple(b for b in KERNELS if b in spec.backends) for spec in OPS}
+    """Op -> `aten` and its backends for GPUs, of every op that has one, and of pairs of ops."""
+    specs = (*OPS, *PAIRS)
+    found = {spec.name: tuple(b for b in KERNELS if b in spec.backends) for spec in specs}
     return {name: (FLOOR, *kernels) for name, kernels in found.items() if kernels}
 
 
