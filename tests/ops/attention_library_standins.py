@@ -18,7 +18,7 @@ import torch
 import torch.nn.attention.flex_attention
 from torch import Tensor
 
-from lora_kernels.ops.attention import aten, libraries
+from lora_kernels.ops.attention import aten, decode_aten, libraries
 from lora_kernels.ops.attention.libraries import (
     cudnn,
     efficient,
@@ -48,8 +48,26 @@ class TorchFlash(FlashAttention):
                                                 debug), keywords)  # fmt: skip
         assert dropout_p == 0.0 and not debug
         self.log.calls.append(("flash fwd", keywords))
+        if keywords.get("seqused_k") is not None:
+            return self._of_a_cache(q, k, v, cu, cu_k, causal, keywords)
         out, lse = self.forward(q, k, v, self._options(cu, cu_k, max_q, max_k, causal, keywords))
         return out, lse, None, None, None
+
+    def _of_a_cache(self, q, k, v, cu, cu_k, causal, keywords):
+        """Of each sequence's keys the first `seqused_k`."""
+        used, o = keywords["seqused_k"], self._options(cu, cu_k, 0, 0, causal, keywords)
+        assert used.dtype == torch.int32 and used.is_contiguous()
+        even_rows(q, k, v)
+        outs, lses = [], []
+        for b, n in enumerate(used.tolist()):
+            rows, first = slice(int(cu[b]), int(cu[b + 1])), int(cu_k[b])
+            kernel = self.log.kernel(
+                scale=o["scale"], left=o["left"], right=0 if causal else o["right"]
+            )
+            out, lse = kernel.forward(q[None, rows], *(t[None, first : first + n] for t in (k, v)))
+            outs.append(out[0])
+            lses.append(lse[0])
+        return torch.cat(outs), torch.cat(lses, 1), None, None, None
 
     def bwd(self, dout, q, k, v, out, lse, cu, cu_k, max_q, max_k, dropout_p, causal, seed, unused,
             **keywords):  # fmt: skip
@@ -94,8 +112,38 @@ def _like_meta(name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) 
     return REAL[name](*map(meta, arguments), **{n: meta(t) for n, t in keywords.items()})
 
 
+def with_kvcache(
+    log: Log, name: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor,
+    pages: Tensor | None, scale: float, causal: bool, window: tuple[int, int], softcap: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Both packages' flash_attn_with_kvcache without new keys."""
+    log.calls.append((name, {"pages": pages is not None}))
+    even_rows(k_cache, v_cache)
+    assert cache_seqlens.dtype == torch.int32
+    outs, lses = [], []
+    for b, n in enumerate(cache_seqlens.tolist()):
+        k, v = (
+            t[b] if pages is None else t[pages[b].long()].flatten(0, 1) for t in (k_cache, v_cache)
+        )
+        kernel = log.kernel(
+            scale=scale, left=window[0], right=0 if causal else window[1], softcap=softcap
+        )
+        out, lse = kernel.forward(q[b : b + 1], k[None, :n], v[None, :n])
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs), torch.cat(lses)
+
+
 class Package2(FlashAttention):
     """flash_attn.flash_attn_interface."""
+
+    def flash_attn_with_kvcache(
+        self, q, k_cache, v_cache, *, cache_seqlens, block_table=None, softmax_scale, causal,
+        window_size, softcap, num_splits, return_softmax_lse,
+    ):  # fmt: skip
+        assert return_softmax_lse and (block_table is None or k_cache.shape[1] % 256 == 0)
+        return with_kvcache(self.log, "fa2 cache", q, k_cache, v_cache, cache_seqlens, block_table,
+                            softmax_scale, causal, window_size, softcap)  # fmt: skip
 
     def _flash_attn_forward(
         self, q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
@@ -146,7 +194,15 @@ class Package2(FlashAttention):
 
 
 class Package3(FlashAttention):
-    """torch.ops.flash_attn_3."""
+    """torch.ops.flash_attn_3, and flash_attn_interface."""
+
+    def flash_attn_with_kvcache(
+        self, q, k_cache, v_cache, *, cache_seqlens, page_table=None, softmax_scale, causal,
+        window_size, softcap, num_splits, return_softmax_lse,
+    ):  # fmt: skip
+        assert return_softmax_lse
+        return with_kvcache(self.log, "fa3 cache", q, k_cache, v_cache, cache_seqlens, page_table,
+                            softmax_scale, causal, window_size, softcap)  # fmt: skip
 
     def operators(self) -> Any:
         return SimpleNamespace(
@@ -345,6 +401,8 @@ def install(monkeypatch: pytest.MonkeyPatch, arch: tuple[int, int] = (9, 0)) -> 
     monkeypatch.setattr(cudnn, "_axes", [])
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
     monkeypatch.setattr(aten, "_has_libraries", lambda t: True)
+    monkeypatch.setattr(decode_aten, "_on_gpu", lambda t: True)
+    monkeypatch.setattr(here, "load", load)
     monkeypatch.setattr(here, "device", lambda: Pretended(0, arch))
     monkeypatch.setattr(proof, "_known", {})
     libraries.static.cache_clear()

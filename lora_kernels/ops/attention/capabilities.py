@@ -1,6 +1,7 @@
 """What each way of computing attention covers, as one table; docs/attention.md is made from it.
 
-A column is a backend, or for `aten` one of its three paths. An entry is True, or the reason for no,
+A column is a backend, or for `aten` one of its three paths; the kernels of libraries that it calls
+on a GPU have a table of their own (libraries/table.py). An entry is True, or the reason for no,
 which predicates, `explain` and error messages quote.
 """
 
@@ -109,10 +110,13 @@ def aten_path(features: frozenset[str]) -> tuple[str, str]:
 
 
 def markdown() -> str:
-    """The table of docs/attention.md."""
+    """The tables of docs/attention.md."""
+    from lora_kernels.ops.attention.libraries import table
+
     rows = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name, text in FEATURES.items():
         cells = (TABLE[column][name] for column in COLUMNS)
         shown = " | ".join("yes" if cell is True else f"no: {cell}" for cell in cells)
         rows.append(f"| {text} | {shown} |")
-    return "\n".join(rows) + "\n"
+    rows += ["", "The kernels of libraries that `aten` calls on a GPU:", ""]
+    return "\n".join(rows) + "\n" + table.markdown(FEATURES)

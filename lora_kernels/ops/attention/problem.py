@@ -127,7 +127,7 @@ def supports(backend: str, problem: AttentionProblem) -> tuple[bool, str]:
     if problem.cache and backend not in CACHE_BACKENDS:
         return False, f"{OP} has no {backend} kernels for a cache"
     if problem.cache and backend == "aten":
-        return True, "the cache as a batch, masked"
+        return True, _cache_in_aten(problem)
     if backend == "reference":
         return True, "plain PyTorch, all scores at once"
     if backend == "aten" and problem.device == "cpu":
@@ -143,6 +143,16 @@ def supports(backend: str, problem: AttentionProblem) -> tuple[bool, str]:
     if backend in BACKENDS:
         return importlib.import_module(f"lora_kernels.ops.{OP}.{backend}").supports(problem)
     return False, f"{OP} has no {backend} kernels"
+
+
+def _cache_in_aten(problem: AttentionProblem) -> str:
+    if problem.device == "cpu":
+        return "the cache as a batch, masked"
+    from lora_kernels.ops.attention.libraries import decode
+
+    library, why = decode.choose(problem)
+    where_it_lies = "on a cache whose rows and pages it can read: "
+    return where_it_lies + why if library else f"the cache as a batch, masked; {why}"
 
 
 def choose(

@@ -9,7 +9,7 @@ per process, device, direction and kind of problem.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -37,10 +37,20 @@ def failure(library: str, problem: AttentionProblem, direction: str, device: str
         problem.sinks, problem.mask, problem.alibi, problem.varlen, problem.lse_gradient,
         problem.dtype, problem.deterministic,
     )  # fmt: skip
+    return once(key, lambda: _failure(library, problem, direction, device))
+
+
+def once(key: tuple[Any, ...], check: Callable[[], str]) -> str:
+    """What `check` said when it was first made for this key; an error of its is a reason too."""
     if key not in _known:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return "not checked yet on this device, and a graph is being captured"
-        _known[key] = _failure(library, problem, direction, device)
+        try:
+            with torch.no_grad():
+                _known[key] = check()
+        except Exception as error:  # whatever another project's code may raise
+            text = " ".join(str(error).split())[:160]
+            _known[key] = f"failed its check on this device: {type(error).__name__}: {text}"
     return _known[key]
 
 
@@ -49,15 +59,10 @@ def forget() -> None:
 
 
 def _failure(library: str, problem: AttentionProblem, direction: str, device: str) -> str:
-    try:
-        with torch.no_grad():
-            for d, ends in _examples(problem, device):
-                wrong = _compare(library, d, ends, direction, problem.lse_gradient)
-                if wrong:
-                    return f"failed its check against fp64 on this device: {wrong}"
-    except Exception as error:  # whatever another project's code may raise
-        text = " ".join(str(error).split())[:160]
-        return f"failed its check on this device: {type(error).__name__}: {text}"
+    for d, ends in _examples(problem, device):
+        wrong = _compare(library, d, ends, direction, problem.lse_gradient)
+        if wrong:
+            return f"failed its check against fp64 on this device: {wrong}"
     return ""
 
 
@@ -140,13 +145,14 @@ def _compare(
         )  # fmt: skip
         got = {n: g for n, g in zip(named, made, strict=False) if g is not None}
     for name, want in named.items():
-        wrong = _off(name, got[name].double(), want, ALLOWED[d.q.dtype])
+        wrong = off(name, got[name].double(), want, ALLOWED[d.q.dtype])
         if wrong:
             return wrong
     return ""
 
 
-def _off(name: str, got: Tensor, want: Tensor, allowed: float) -> str:
+def off(name: str, got: Tensor, want: Tensor, allowed: float) -> str:
+    """How far `got` is from `want`; empty where it is near enough."""
     nothing = want == -torch.inf
     if not torch.equal(got == -torch.inf, nothing):
         return f"{name} is -inf elsewhere"
