@@ -17,10 +17,10 @@ from torch import Tensor
 from lora_kernels.modules.handed_shrink import Switch, backend_for
 from lora_kernels.modules.layer_group import Operands
 from lora_kernels.ops import _dispatch
+from lora_kernels.ops import _pairs as _ops
 from lora_kernels.ops._differentiable_once import differentiable_once
 
 _once = differentiable_once("the MLP", "compute the activation with torch.nn.functional")
-_ops = torch.ops.lora_kernels
 # Where products beside the activation were measured to be quicker than a pass of their own
 # (docs/measured_facts.md). S of down comes for next to nothing with down's own packing of H.
 _PRODUCTS = {("cpu", torch.bfloat16), ("cpu", torch.float32)}
@@ -33,7 +33,7 @@ class Plan(NamedTuple):
 
     kind: str
     recompute: bool
-    scalings: tuple[float, ...]
+    scalings: list[float]
     rates: tuple[float, float]
     backend: str
     products: str = ""
@@ -74,7 +74,7 @@ def fused_mlp(
     ]
     name = _dispatch.requested_backend(None)
     plan = Plan(
-        kind, recompute and _nobody_packs(), tuple(o.scaling for o in dense), rates, name,
+        kind, recompute and _nobody_packs(), [o.scaling for o in dense], rates, name,
         *_made_in_the_activation(x, dense, kind, rates, shrink, name, packed),
         packed,
     )  # fmt: skip
@@ -155,10 +155,8 @@ class MlpFunction(torch.autograd.Function):
             plan.rates[0], seed, plan.backend, None, shrunk,
         )  # fmt: skip
         s = s if shrunk is None else shrunk
-        if plan.packed:
-            gate, up = made[0].chunk(2, 1)
-        else:
-            gate, up = made if n == 3 else (made[0], None)
+        gate, *others = made[0].chunk(2, 1) if plan.packed else made
+        up = others[0] if others else None
         beside = lora_as[-1:] if plan.shrink else []
         h, made_s = _ops.gated_activation_fwd(
             gate, up, plan.kind, beside, plan.shrink or plan.backend
@@ -190,7 +188,9 @@ class MlpFunction(torch.autograd.Function):
             plan.rates[1], seed_down, below, need_a[-1], need_b[-1], plan.backend,
         )  # fmt: skip
         del h
-        dx, das, dbs = None, [], []
+        dx: Tensor | None = None
+        das: list[Tensor] = []
+        dbs: list[Tensor] = []
         dys: list[Any] = [None] * (n - 1)
         if below:
             inner_b = any(need_b[:-1])

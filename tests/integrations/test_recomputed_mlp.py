@@ -34,6 +34,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(lora_mlp, "gated_activation", counted)
     monkeypatch.setattr(mlp_function, "_ops", Counted())
+    monkeypatch.setattr(mlp_function, "activate", counted, raising=False)
     return count
 
 
