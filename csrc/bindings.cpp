@@ -4,6 +4,7 @@
 #include "attention/attention_host.h"
 #include "cpu/amx_peak.h"
 #include "cpu/isa.h"
+#include "gated_activation/eager.h"
 #include "gated_activation/gated_activation_host.h"
 #include "linear_cross_entropy/linear_cross_entropy_host.h"
 #include "lora_linear/eager.h"
@@ -11,6 +12,7 @@
 #include "lora_linear/packed_copies.h"
 #include "python/plain.h"
 #include "quant_linear/quant_linear_host.h"
+#include "rms_norm/eager.h"
 #include "rms_norm/rms_norm_host.h"
 #include "rope/rope_host.h"
 
@@ -32,6 +34,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_bwd", &attention::attention_bwd, release());
   m.def("attention_decode", &attention::attention_decode, release());
   m.def("gated_activation_fwd", &gated_activation::gated_activation_fwd, release());
+  m.def("gated_activation_eager", &gated_activation::gated_activation_eager);
   m.def("gated_activation_bwd", &gated_activation::gated_activation_bwd, release());
   m.def("gated_activation_fwd_products", &gated_activation::gated_activation_fwd_products,
         release());
@@ -71,6 +74,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("quant_linear_fwd", &quant_linear::quant_linear_fwd, release());
   m.def("quant_linear_bwd", &quant_linear::quant_linear_bwd, release());
   m.def("rms_norm_fwd", &rms_norm::rms_norm_fwd, release());
+  m.def("rms_norm_eager", &rms_norm::rms_norm_eager);
   m.def("rms_norm_bwd", &rms_norm::rms_norm_bwd, release());
   m.def("rope_rotate", &rope::rope_rotate, release());
 }

@@ -42,6 +42,10 @@ def lora_linear_eager(
     scalings: tuple[float, ...],
     biases: tuple[Tensor | None, ...],
 ) -> list[Tensor] | None: ...
+def gated_activation_eager(gate: Tensor, up: Tensor | None, kind: str) -> Tensor | None: ...
+def rms_norm_eager(
+    x: Tensor, weight: Tensor | None, eps: float, offset: float
+) -> Tensor | None: ...
 def plan_stands(
     x: object,
     tensors: tuple[Tensor | None, ...],

@@ -1,6 +1,6 @@
 #include "eager.h"
 
-#include <ATen/autocast_mode.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/_unsafe_view.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/linear.h>
@@ -21,11 +21,6 @@ namespace py = pybind11;
 
 namespace lora_kernels::lora_linear {
 namespace {
-
-bool is_set(const char* name) {
-  const char* value = std::getenv(name);
-  return value != nullptr && *value != '\0';
-}
 
 struct Members {
   std::vector<at::Tensor> weights, lora_as, lora_bs;
@@ -149,8 +144,7 @@ py::object lora_linear_eager(py::handle x_in, py::tuple weights, py::tuple lora_
                              py::tuple lora_bs, py::tuple scalings, py::tuple biases) {
   const at::Tensor* x = python::plain(x_in);
   if (x == nullptr || x->dim() == 0 || x->numel() == 0 || !python::is_read(x->scalar_type()) ||
-      !python::eager() || at::autocast::is_autocast_enabled(at::kCPU) ||
-      is_set("LORA_KERNELS_BACKEND") || is_set("LORA_KERNELS_DISABLE")) {
+      !python::eager()) {
     return py::none();
   }
   Members members;

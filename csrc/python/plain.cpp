@@ -6,6 +6,8 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
+#include <cstdlib>
+
 namespace py = pybind11;
 
 namespace lora_kernels::python {
@@ -37,11 +39,25 @@ bool is_read(at::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
 }
 
-bool eager() {
+namespace {
+
+bool is_set(const char* name) {
+  const char* value = std::getenv(name);
+  return value != nullptr && *value != '\0';
+}
+
+bool untraced() {
   return !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
          !c10::impl::tls_is_dispatch_key_included(
              c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
          !torch::jit::tracer::isTracing();
+}
+
+}  // namespace
+
+bool eager() {
+  return untraced() && !at::autocast::is_autocast_enabled(at::kCPU) &&
+         !is_set("LORA_KERNELS_BACKEND") && !is_set("LORA_KERNELS_DISABLE");
 }
 
 namespace {
@@ -118,7 +134,7 @@ bool tensors_fit(py::handle x_in, const py::tuple& tensors) {
 
 bool plan_stands(py::handle x, py::tuple tensors, py::dict state, py::tuple own, py::tuple same,
                  py::tuple absent, py::tuple empty, py::tuple types) {
-  return eager() && modules_stand(state, own, same, absent, empty, types) &&
+  return untraced() && modules_stand(state, own, same, absent, empty, types) &&
          tensors_fit(x, tensors);
 }
 

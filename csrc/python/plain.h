@@ -13,7 +13,8 @@ const at::Tensor* plain(pybind11::handle object);
 // float32, bfloat16 or float16.
 bool is_read(at::ScalarType dtype);
 
-// No dispatch mode, no torch.func transform, nothing traced by torch.jit.
+// No dispatch mode, no torch.func transform, nothing traced by torch.jit, no autocast on the CPU, and
+// no variable of the environment that chooses a backend.
 bool eager();
 
 // Whether a plan that was made of these objects stands for a call with x.

@@ -25,11 +25,12 @@ def unwatched(*tensors: Tensor) -> bool:
 
 
 @functools.cache
-def plan_stands() -> Callable[..., bool] | None:
-    """The library's comparison of a plan with the state of the modules it was read from
-    (csrc/python/plain.h); None where the library is not there."""
+def library_call(name: str) -> Callable[..., Any] | None:
+    """A function of the compiled library that does the whole of a small thing at once, for what
+    Python would spend on it: ``plan_stands`` (csrc/python/plain.h), and the calls of ops without
+    gradients on the CPU (``*_eager``), which return None where they decline. None: not there."""
     module, _ = library.load()
-    return getattr(module, "plan_stands", None)
+    return getattr(module, name, None)
 
 
 def apply_function(function: Any, *args: Any) -> tuple[Tensor, ...]:

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_kernels.integrations.peft.eligibility import Parts
 from lora_kernels.modules.layer_group import Operands
-from lora_kernels.ops._eager import plan_stands
+from lora_kernels.ops._eager import library_call
 
 _ATTRIBUTE = "_lora_kernels_plan"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -60,7 +60,7 @@ def planned(layer: Any, x: Any) -> Operands | None:
     plan: CallPlan | None = state.get(_ATTRIBUTE)
     if plan is None or plan.operands is None:
         return None
-    stands = plan_stands()
+    stands = library_call("plan_stands")
     if stands is None or not stands(
         x, plan.tensors, state, plan.own, plan.same, plan.absent, plan.empty, plan.types
     ):
@@ -71,7 +71,7 @@ def planned(layer: Any, x: Any) -> Operands | None:
 
 def keep(layer: Any, adapter: str, parts: Parts, operands: Operands) -> None:
     """Plan further calls like the one these operands were just read for, where that can be."""
-    if torch.compiler.is_compiling() or plan_stands() is None:
+    if torch.compiler.is_compiling() or library_call("plan_stands") is None:
         return
     plan = layer.__dict__.setdefault(_ATTRIBUTE, CallPlan())
     plan.operands = None

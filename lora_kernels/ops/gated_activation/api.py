@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops import _dispatch
+from lora_kernels.ops._eager import library_call
 from lora_kernels.ops.gated_activation import autograd, contract, validate
+from lora_kernels.ops.gated_activation.problem import KINDS
 
 
 @overload
@@ -60,6 +62,11 @@ def gated_activation(
 
     Source: Shazeer 2020, arXiv 2002.05202; formulas in reference.py.
     """
+    plain = backend is None and type(lora_as) in (tuple, list) and not lora_as
+    if plain and kind in KINDS:
+        made = None if torch.compiler.is_compiling() else _eager(gate, up, kind)
+        if made is not None:
+            return made
     validate.check(gate, up, kind, lora_as)
     name = _dispatch.requested_backend(backend)
     rows = _rows(gate)
@@ -84,3 +91,8 @@ def _like(t: Tensor, gate: Tensor) -> Tensor:
 
 def _rows(t: Tensor) -> Tensor:
     return t if t.dim() == 2 else t.flatten(0, -2) if t.dim() > 2 else t.unsqueeze(0)
+
+
+def _eager(gate: Tensor, up: Tensor | None, kind: str) -> Tensor | None:
+    call = library_call("gated_activation_eager")
+    return None if call is None else call(gate, up, kind)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_kernels._backends import cpu as cpu_library
 from lora_kernels.ops import _dispatch
-from lora_kernels.ops._eager import apply_function
+from lora_kernels.ops._eager import apply_function, library_call
 from lora_kernels.ops.lora_linear import autograd, contract, validate
 
 
@@ -153,19 +150,13 @@ def _eager(
     library declines. The long way costs more than a token takes to compute."""
     if torch.compiler.is_compiling():
         return None
-    call = _library_call()
+    call = library_call("lora_linear_eager")
     if call is None:
         return None
     ys: list[Tensor] | None = call(
         x, tuple(weights), tuple(lora_as), tuple(lora_bs), tuple(scalings), tuple(biases)
     )
     return ys
-
-
-@functools.cache
-def _library_call() -> Any:
-    module, _ = cpu_library.load()
-    return getattr(module, "lora_linear_eager", None)
 
 
 def _rows(t: Tensor) -> Tensor:
