@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +13,24 @@ import torch
 from lora_kernels.ops import _registry
 from lora_kernels.testing import LoraLinearInputs
 
+# Files of few tests that take minutes: two workers begin with them and share the rest afterwards.
+LONGEST = ("triton/test_compiled.py", "triton/test_interpreted.py")
+
 torch.manual_seed(20211017)  # tensors of test modules, and ids made of them, agree in every process
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks are not installed
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):  # of xdist: files with the fewest tests last
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The order of files for the workers of xdist: the longest, then those with the most tests."""
+    if not hasattr(config, "workerinput"):
+        return
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (not item.path.as_posix().endswith(LONGEST), -tests[item.path]))
 
 
 @pytest.fixture(autouse=True)
