@@ -7,7 +7,6 @@ more than its MLP, its own forward runs, around that node (modules/deferred_mlp.
 
 from __future__ import annotations
 
-import copyreg
 import functools
 import os
 from typing import Any
@@ -324,4 +323,5 @@ def _reduce(self: Any, protocol: Any) -> Any:
 
 
 def _restored(stock: Any, recompute: bool, mlp: Mlp) -> Any:
-    return copyreg.__newobj__(fused_class(stock, recompute, mlp))  # type: ignore[attr-defined]
+    cls = fused_class(stock, recompute, mlp)
+    return cls.__new__(cls)

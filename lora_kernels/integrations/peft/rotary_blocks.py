@@ -9,7 +9,6 @@ rotation than the op's is left alone.
 
 from __future__ import annotations
 
-import copyreg
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -287,7 +286,8 @@ def _reduce(self: Any, protocol: Any) -> Any:
 
 
 def _restored(stock: Any) -> Any:
-    return copyreg.__newobj__(fused_class(stock))  # type: ignore[attr-defined]
+    cls = fused_class(stock)
+    return cls.__new__(cls)
 
 
 def rotary_blocks(model: nn.Module, deep: bool = True) -> Iterator[tuple[nn.Module, Any, Any]]:

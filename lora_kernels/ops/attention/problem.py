@@ -52,7 +52,7 @@ class AttentionProblem:
     deterministic: bool = True
 
     @classmethod
-    def from_shapes(cls, **shapes: object) -> AttentionProblem:
+    def from_shapes(cls, **shapes: Any) -> AttentionProblem:
         """From keywords for `lk.explain`: B, S, H, D, where they differ Sk, Hk, Dv; `causal`."""
         _shapes.check_names(cls, shapes, ("B", "S", "H", "D"), ("causal",))
         for name, twin in (("Sk", "S"), ("Hk", "H"), ("Dv", "D")):
@@ -65,7 +65,7 @@ class AttentionProblem:
         window: Any = shapes.get("window") or (-1, -1)
         shapes["window"] = (window[0], 0 if shapes.pop("causal", False) else window[1])
         _shapes.read_dtype(shapes, DTYPES)
-        return cls(**shapes)  # type: ignore[arg-type]
+        return cls(**shapes)
 
     def evidence_key(self) -> _evidence.Key:
         """A measurement speaks for its own size of heads alone."""
