@@ -176,6 +176,31 @@ def test_budget_is_kept(monkeypatch):
     assert 0 < packing.packed_bytes() <= 3 * 2 * 128 * 128
 
 
+def test_no_copies_where_memory_runs_out(monkeypatch, tmp_path):
+    facts = tmp_path / "meminfo"
+    monkeypatch.setattr(packing, "_MEMORY", facts)
+    inputs = lora_linear_inputs(33, 128, 128, 8, torch.bfloat16)
+    for available, kept in ((124, False), (126, False), (200, True)):
+        facts.write_text(f"MemTotal: 1000 kB\nMemFree: 1 kB\nMemAvailable: {available} kB\n")
+        check_lora_linear(inputs, "cpu", "")
+        assert (packing.packed_bytes() > 0) is kept
+
+
+def test_a_container_has_less_memory_than_its_machine(monkeypatch, tmp_path):
+    own, groups = tmp_path / "own", tmp_path / "groups"
+    (groups / "a" / "b").mkdir(parents=True)
+    own.write_text("1:cpu:/x\n0::/a/b\n")
+    (groups / "a" / "memory.max").write_text("4096\n")
+    (groups / "a" / "b" / "memory.max").write_text("max\n")
+    monkeypatch.setattr(packing, "_OWN_CGROUP", own)
+    monkeypatch.setattr(packing, "_CGROUPS", groups)
+    packing._memory_bytes.cache_clear()
+    try:
+        assert packing.budget_bytes() == 1024
+    finally:
+        packing._memory_bytes.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("variable", "value"), [("LORA_KERNELS_PACK", "often"), ("LORA_KERNELS_PACK_BYTES", "2GB")]
 )

@@ -4,7 +4,8 @@ Price: one copy in the compute dtype for the forward and one for the gradient of
 bytes per weight element). Policy, from `LORA_KERNELS_PACK` or :func:`set_pack_policy`:
 
     auto    keep copies of frozen weights while all copies together stay below the budget
-            (`LORA_KERNELS_PACK_BYTES`, default one quarter of the machine's memory)
+            (`LORA_KERNELS_PACK_BYTES`, default one quarter of the memory of the machine or
+            container) and an eighth of the machine's memory is left available
     always  keep copies of every weight
     never   keep none: each call packs into scratch memory
 
@@ -17,7 +18,9 @@ counter is not noticed, as autograd does not notice it either; call :func:`clear
 
 from __future__ import annotations
 
+import functools
 import os
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,6 +29,8 @@ from lora_kernels._backends import cpu as backend
 from lora_kernels.errors import InvalidArgumentError
 
 POLICIES = ("auto", "always", "never")
+_CGROUPS, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_MEMORY = Path("/proc/meminfo")
 
 _policy: str | None = None
 
@@ -60,7 +65,38 @@ def budget_bytes() -> int:
                 f"LORA_KERNELS_PACK_BYTES={value!r} is not a number of bytes; accepted: an integer"
             )
         return int(value)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+    return _memory_bytes() // 4
+
+
+@functools.cache
+def _memory_bytes() -> int:
+    """Of the machine, or of the control group that this process is in, if that is less."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limits = [_CGROUPS / "memory" / "memory.limit_in_bytes"]
+    for line in _words(_OWN_CGROUP):
+        _, _, path = line.partition("::/")
+        inside = _CGROUPS / path
+        limits += [folder / "memory.max" for folder in (inside, *inside.parents)]
+    found += [int(word) for limit in limits for word in _words(limit) if word.isdigit()]
+    return min(found)
+
+
+def _words(path: Path) -> list[str]:
+    try:
+        return path.read_text().split()
+    except OSError:
+        return []
+
+
+def _room() -> int:
+    """Bytes that copies may grow to now: the budget, less where memory runs out."""
+    words = _words(_MEMORY)
+    if "MemAvailable:" not in words:
+        return budget_bytes()
+    total, available = (
+        1024 * int(words[words.index(name) + 1]) for name in ("MemTotal:", "MemAvailable:")
+    )
+    return min(budget_bytes(), max(0, packed_bytes() + available - total // 8))
 
 
 def packed_bytes() -> int:
@@ -87,6 +123,6 @@ def packed_weight(weight: Tensor, dtype: torch.dtype, for_dgrad: bool) -> Tensor
             return copy
     packed = module.lora_linear_pack_weight(weight.detach(), dtype, for_dgrad)
     if policy != "never":
-        budget = -1 if policy == "always" else budget_bytes()
+        budget = -1 if policy == "always" else _room()
         module.lora_linear_keep_packed_copy(weight, dtype, for_dgrad, packed, budget)
     return packed
