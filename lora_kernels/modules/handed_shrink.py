@@ -17,9 +17,11 @@ from torch import Tensor
 
 from lora_kernels.errors import InvalidArgumentError
 from lora_kernels.ops import _dispatch, explain
+from lora_kernels.ops._shrink_pairs import DIRECTIONS
 
 Switch = bool | Literal["auto"]
 _ROWS = tuple(4**n for n in range(9))  # problems that say whether a call may ever hand on
+_REPORTED = 4**6  # whose reason is the one to tell
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -168,5 +170,9 @@ def reason_against(
     if requested != "auto":
         return f"LORA_KERNELS_BACKEND={requested} and fused_shrink is 'auto'"
     key = tuple(sorted(shapes.items()))
-    answers = [_measured(pair, "fwd", m, dtype, device.index or 0, key, _disabled()) for m in _ROWS]
-    return "" if any(chosen for chosen, _ in answers) else answers[-3][1]
+    answers = [
+        _measured(pair, direction, rows, dtype, device.index or 0, key, _disabled())
+        for direction in DIRECTIONS[pair]
+        for rows in _ROWS
+    ]
+    return "" if any(chosen for chosen, _ in answers) else answers[_ROWS.index(_REPORTED)][1]

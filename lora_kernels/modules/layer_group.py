@@ -169,7 +169,7 @@ class LayerGroup:
 
     def take(self, x: Tensor, joined: Sequence[AnyOperands]) -> Tensor | None:
         """S of x for a call with these operands, where it was offered for just that."""
-        if not self._offers:
+        if self.producer is None or not self._offers:
             return None
         lora_as = [o.lora_a for o in joined if o.lora_a is not None]
         s = self._offers.take(x, lora_as, _state(x))
@@ -249,11 +249,13 @@ class LayerGroup:
     def _compute(self, x: Tensor) -> Results | None:
         found = self._found(x)
         if found is None:
-            if not torch.compiler.is_compiling():
+            if self.producer is not None and not torch.compiler.is_compiling():
                 self._offers.discard()
             return None
         joined = [o for o in found if o is not None]
-        shrunk = None if torch.compiler.is_compiling() else self.take(x, joined)
+        shrunk = (
+            None if self.producer is None or torch.compiler.is_compiling() else self.take(x, joined)
+        )
         if len(joined) < 2 and shrunk is None:
             return None
         outputs = iter(compute_together(x, joined, shrunk))
