@@ -176,7 +176,10 @@ def test_rotation_in_the_accumulators_of_hopper(tmp_path, fault):
     before, after = IN_ACCUMULATORS[fault]
     assert before in code
     code = code.replace(before, after) if before else code
-    changed.write_text(code.replace("../../rope", f"{emulator_library.CSRC}/rope"))
+    code = code.replace("../../rope", f"{emulator_library.CSRC}/rope")
+    changed.write_text(
+        code.replace('"heads.h"', f'"{emulator_library.CSRC}/lora_qkv/cuda/heads.h"')
+    )
     (tmp_path / "test.cpp").write_text(source.read_text().replace(header, str(changed)))
     command = [cxx, "-std=c++17", "-O1", "-DLK_EMULATOR", f"-I{emulator_library.CSRC}",
                f"-I{source.parent}", str(tmp_path / "test.cpp"), "-o", str(program)]  # fmt: skip

@@ -15,6 +15,7 @@
 
 #include "../../lora_linear/cuda/gemm_sm90.cuh"
 #include "project_sm90_params.h"
+#include "rotate_accumulators.cuh"
 
 namespace lora_kernels::lora_qkv::cuda {
 

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "../../lora_linear/cuda/gemm_sm90_params.h"
+#include "heads.h"
 #include "launch.h"
-#include "rotate_accumulators.cuh"
 
 namespace lora_kernels::lora_qkv::cuda {
 

@@ -6,16 +6,9 @@
 #pragma once
 
 #include "../../rope/cuda/tables.cuh"
+#include "heads.h"
 
 namespace lora_kernels::lora_qkv::cuda {
-
-// Biases and rotated heads of a projection.
-struct HeadsOfProblem {
-  const void* bias;  // [n] or null
-  Dtype bias_dtype;
-  int n;
-  int rotated;
-};
 
 // A tile in the matrix: its first row and column, and where the rows end.
 struct TileCorner {
