@@ -218,3 +218,22 @@ def test_an_activation_without_a_kernel_is_reported() -> None:
     model = get_peft_model(model, LoraConfig(target_modules=["fc1", "fc2"]))
     (entry,) = (g for g in lk.apply(model).groups if g["kind"] == mlp_blocks.KIND)
     assert entry["reason"] == "the activation is QuickGELUActivation"
+
+
+def test_the_price_of_packed_weights_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FAMILIES["llama"].peft_model(torch.bfloat16)
+    report = lk.apply(model)
+    if "cpu" not in {e.backend for e in report.fused}:
+        pytest.skip("no packed weights here")
+    weights = sum(p.numel() for n, p in model.named_parameters() if "base_layer.weight" in n)
+    assert report.packed_bytes == report.to_dict()["packed_bytes"] == 2 * 2 * weights
+    assert "packed copies of frozen weights will take about 0.1 MiB" in str(report)
+    monkeypatch.setenv("LORA_KERNELS_PACK", "never")
+    assert "packed_bytes" not in lk.apply(model).to_dict()
+    monkeypatch.delenv("LORA_KERNELS_PACK")
+    plain = FAMILIES["llama"].peft_model(torch.float32)
+    without = lk.apply(plain).packed_bytes
+    for module in plain.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = nn.Dropout(0.1)
+    assert without <= lk.apply(plain).packed_bytes

@@ -18,6 +18,7 @@ from lora_kernels.integrations.peft.fallback import warn_once
 from lora_kernels.integrations.peft.groups import dissolve_groups, form_groups, take_apart
 from lora_kernels.integrations.peft.linear import FusedLoraLinear, FusedQuantLoraLinear
 from lora_kernels.integrations.peft.mlp_blocks import fuse_activations, mlp_blocks
+from lora_kernels.integrations.peft.packed_price import packed_bytes_of
 from lora_kernels.integrations.peft.quant_base import is_quantized, quantized_base
 from lora_kernels.integrations.peft.report import ApplyReport
 from lora_kernels.integrations.peft.rotary_blocks import fuse_rotary, rotary_blocks
@@ -166,7 +167,9 @@ def _apply(
             else LayerReport(name, FUSED, backend=_backend(layer))
         )
         convertible.append(able)
-    report = ApplyReport(entries)
+    pairs = zip(layers, entries, strict=True)
+    priced = [(layer, e.backend) for (_, layer), e in pairs if e.status == FUSED]
+    report = ApplyReport(entries, packed_bytes=packed_bytes_of(priced))
     _announce(report)
     changed = []
     for (_, layer), able in zip(layers, convertible, strict=True):

@@ -33,16 +33,24 @@ class ApplyReport(Report):
     "status", "reason", "backend"}``. `shrinks` holds one for every block behind a norm, of kind
     ``norm_shrink``, and every MLP, of kind ``activation_shrink``, with the names of the layers
     whose S is made there (``fused``) or not.
+
+    `packed_bytes` is about what training will keep in packed copies of frozen weights
+    (``LORA_KERNELS_PACK``).
     """
 
     norms: list[dict[str, Any]] = field(default_factory=list)
     shrinks: list[dict[str, Any]] = field(default_factory=list)
+    packed_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """``{"layers": [...], "groups": [...]}``, and ``"norms"`` and ``"shrinks"`` where the model
-        has any."""
+        """``{"layers": [...], "groups": [...]}``, and ``"norms"``, ``"shrinks"`` and
+        ``"packed_bytes"`` where the model has any."""
         more = {"norms": self.norms, "shrinks": self.shrinks}
-        found = {key: [dict(entry) for entry in some] for key, some in more.items() if some}
+        found: dict[str, Any] = {
+            key: [dict(entry) for entry in some] for key, some in more.items() if some
+        }
+        if self.packed_bytes:
+            found["packed_bytes"] = self.packed_bytes
         return {**super().to_dict(), **found}
 
     def __str__(self) -> str:
@@ -64,6 +72,9 @@ class ApplyReport(Report):
             for row in rows
         ]
         lines += groups
+        if self.packed_bytes:
+            size = f"{self.packed_bytes / 2**20:.1f} MiB"
+            lines.append(f"packed copies of frozen weights will take about {size}")
         lines.append(f"{len(self.fused)} of {len(self.layers)} LoRA layers fused")
         return "\n".join(line.rstrip() for line in lines)
 
