@@ -151,6 +151,22 @@ def test_readme_without_markers_is_left_alone(result, tmp_path, content, capsys)
 
 
 @pytest.mark.slow
+def test_generation(tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    from benchmarks import smollm2_generate
+
+    out = tmp_path / "generate.json"
+    tiny = ["--layers", "1", "--batch", "2", "--prompt", "5", "--new", "3", "--rounds", "2"]
+    assert smollm2_generate.main([*tiny, "--json", str(out)]) == 0
+    made = json.loads(out.read_text())
+    assert [row["provider"] for row in made["rows"]] == list(smollm2_generate.PROVIDERS)
+    assert made["rows"][0]["ratio"] == 1.0 and made["share_of_error_budget"] < 1.0
+    text = (record.RESULTS / "README.md").read_text()
+    assert all(f"`{key}`" in text for key in {*made, *made["rows"][0]})
+
+
+@pytest.mark.slow
 def test_whole_training_step(tmp_path, capsys):
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
