@@ -7,6 +7,8 @@ import io
 import json
 import logging
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,17 @@ def test_report_of_a_model() -> None:
         assert entry.keys() == {"name", "status", "reason", "backend"}
         assert (entry["status"], entry["reason"], entry["backend"]) == ("fused", "", backend)
     assert linears[0]["name"] == "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def test_transformers_knows_the_attention() -> None:
+    code = (
+        "import lora_kernels as lk, torch;"
+        "lk.apply(torch.nn.Linear(2, 2));"
+        "from transformers import AttentionInterface as A, AttentionMaskInterface as M;"
+        "print('lora_kernels' in A().valid_keys(), 'lora_kernels' in M().valid_keys())"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["True", "True"]
 
 
 def test_report_table_joins_equal_blocks() -> None:

@@ -23,6 +23,7 @@ from lora_kernels.integrations.peft.quant_base import is_quantized, quantized_ba
 from lora_kernels.integrations.peft.report import ApplyReport
 from lora_kernels.integrations.peft.rotary_blocks import fuse_rotary, rotary_blocks
 from lora_kernels.integrations.peft.shrink_links import link, links_of, restore, unlink
+from lora_kernels.integrations.transformers.attention import register_attention
 from lora_kernels.integrations.transformers.causal_lm_loss import (
     fuse_loss,
     loss_is_fused,
@@ -57,6 +58,7 @@ def apply(
     Layers that a block of a known class calls with one input (q/k/v, gate/up) are computed
     together by the first of them that is called; see docs/blocks.md. The report's groups list
     them, and say why not where not. The same is done for the layers of :func:`replace_modules`.
+    From the first call on transformers knows ``attn_implementation="lora_kernels"``.
 
     ``LORA_KERNELS_DISABLE=apply`` (or ``lora_linear``) leaves every layer stock;
     ``LORA_KERNELS_DISABLE=grouped_lora_linear`` fuses each layer by itself, ``rope`` leaves the
@@ -86,6 +88,7 @@ def apply(
         StrictFallbackError: ``LORA_KERNELS_STRICT=1`` and a layer would be stock; nothing changed.
         BackendUnavailableError: ``LORA_KERNELS_BACKEND`` names a backend that cannot run a layer.
     """
+    register_attention()
     return _apply(
         model, fused_loss, recompute_activations, fused_norms, fused_rope, fused_shrink
     )[0]  # fmt: skip
