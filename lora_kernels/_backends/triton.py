@@ -54,6 +54,20 @@ def architecture(index: int) -> tuple[str, int, int]:
     return name, found.multi_processor_count, shared
 
 
+def processors(t: torch.Tensor) -> tuple[int, bool]:
+    """(multiprocessors, is it AMD's); the interpreter takes the choices of a large device."""
+    if t.device.type == "cpu":
+        return 132, False
+    name, count, _ = architecture(t.device.index or 0)
+    return count, name.startswith("gfx")
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Of `tl.dot`: fp32 products in TF32 only where torch's own would be."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
 def usable(device: str, index: int | None, tensor: str) -> tuple[bool, str]:
     """Can kernels be launched on tensors of that device: ("Triton 3.6.0 kernels", or why not).
 

@@ -123,12 +123,6 @@ def unit(*tensors: Tensor) -> int:
     return 8 if all(s % 8 == 0 for t in tensors for s in t.stride()[:-1]) else 1
 
 
-def precision(dtype: torch.dtype) -> str:
-    """fp32 products in TF32 only where torch's own would be."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
-
-
 class _Call:
     """What every launch of one call shares."""
 
@@ -198,7 +192,7 @@ class _Call:
             "BM": tile.rows, "BN": tile.keys, "UNIT": unit,
             "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0, "SOFTCAP": self.scalars[1] != 0.0,
             "ALIBI": self.alibi, "DROPOUT": self.drop[0] != 0,
-            "PRECISION": precision(self.q.dtype),
+            "PRECISION": backend.precision(self.q.dtype),
             "num_warps": tile.num_warps, "num_stages": tile.num_stages,
         }  # fmt: skip
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_kernels._backends import triton as backend
 from lora_kernels.ops.attention import triton as host
 from lora_kernels.ops.attention import triton_configs
 
@@ -72,7 +73,7 @@ def attention_decode(
             D=size, DV=value_size, D1=d1, D2=d2, V1=v1, V2=v2, BM=tile.rows, BN=tile.keys,
             UNIT=unit, PAGED=paged, HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0,
             SOFTCAP=softcap != 0.0, SINKS=sinks is not None, ALIBI=slopes is not None,
-            PARTIAL=partial, PRECISION=host.precision(q.dtype),
+            PARTIAL=partial, PRECISION=backend.precision(q.dtype),
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         if partial:

@@ -22,6 +22,7 @@ from lora_kernels.ops.gated_activation import triton_tiles as tiles
 from lora_kernels.ops.gated_activation.problem import GatedActivationProblem
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_device = backend.processors
 _SUM_BLOCK, _SUM_ROWS = 256, 4
 
 
@@ -54,20 +55,6 @@ def _kernels() -> _Kernels:
     return _Kernels(
         triton_activate.activate, triton_gradients.gradients, _triton_partial_sums.sum_partials
     )
-
-
-def _device(t: Tensor) -> tuple[int, bool]:
-    """(multiprocessors, is it AMD's); the interpreter takes the choices of a large device."""
-    if t.device.type == "cpu":
-        return 132, False
-    name, processors, _ = backend.architecture(t.device.index or 0)
-    return processors, name.startswith("gfx")
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """fp32 products in TF32 only where torch's own would be."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
 
 
 def _sum(results: list[tuple[Tensor, Tensor]]) -> None:
@@ -137,7 +124,7 @@ def _activate(
         *gate.stride(), *factor.stride(), tuple(a.stride(0) for a in members),
         tuple(a.stride(1) for a in members), scale, tile.per_split,
         G=len(lora_as), RP=tiles.padded_rank(max(ranks, default=1)), BM=tile.rows,
-        BN=tile.columns, KIND=kind, GATED=up is not None, PRECISION=_precision(gate.dtype),
+        BN=tile.columns, KIND=kind, GATED=up is not None, PRECISION=backend.precision(gate.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
@@ -214,5 +201,6 @@ def _gradients(
         float(scalings[-1]) if ranks else 1.0, tile.per_split,
         RP=tiles.padded_rank(max(ranks, default=1)), BM=tile.rows, BN=tile.columns, KIND=kind,
         GATED=up is not None, NEED_DS=ds_part is not None, NEED_DB=bool(db_parts),
-        PRECISION=_precision(gate.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        PRECISION=backend.precision(gate.dtype), num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )  # fmt: skip

@@ -142,12 +142,6 @@ def target_of(x: Tensor) -> configs.Target:
     return _target(x.device.type, x.device.index or 0)
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """fp32 products in TF32 only where torch's own would be."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
-
-
 class _Dropout(NamedTuple):
     on: bool
     threshold: int
@@ -251,7 +245,7 @@ def _shrink(x: Tensor, lora_as: list[Tensor], drop: _Dropout) -> Tensor:
             drop.scale, drop.threshold, per_split, first,
             G=last - first, RP=configs.padded_rank(max(ranks[first:last])), BM=c.held, BK=c.step,
             PARTIAL=splits > 1, EVEN_K=k % c.step == 0, DROPOUT=drop.on,
-            PRECISION=_precision(x.dtype), num_warps=c.num_warps, num_stages=c.num_stages,
+            PRECISION=backend.precision(x.dtype), num_warps=c.num_warps, num_stages=c.num_stages,
         )  # fmt: skip
     if splits > 1:
         _sum_partials([(out, s, drop.scale)])
@@ -299,7 +293,7 @@ def _gemm(
         "G": len(lefts), "BM": c.block_m, "BP": c.block_n, "BQ": c.block_k, "RB": block,
         "RANK_BLOCKS": -(-max(ranks) // block), "GROUP_M": c.group_m, "HAS_BIAS": bias is not None,
         "DROPOUT": masked, "LORA_LAST": c.lora_last, "PERSISTENT": c.persistent,
-        "SCALE": scale != 1.0, "PRECISION": _precision(out.dtype),
+        "SCALE": scale != 1.0, "PRECISION": backend.precision(out.dtype),
         "num_warps": c.num_warps, "num_stages": c.num_stages,
     }  # fmt: skip
     if not c.descriptor:
@@ -377,7 +371,7 @@ def _dy_passes(
                 dy, b, part_s, ds_part, db_part, m, n, rank, *dy.stride(), *b.stride(),
                 s.stride(0), per_split,
                 RP=configs.padded_rank(rank), BM=c.step, BN=c.held,
-                NEED_DS=with_ds, NEED_DB=need_db, PRECISION=_precision(x.dtype),
+                NEED_DS=with_ds, NEED_DB=need_db, PRECISION=backend.precision(x.dtype),
                 num_warps=c.num_warps, num_stages=c.num_stages,
             )  # fmt: skip
         if apart:
@@ -413,7 +407,7 @@ def _da_pass(x: Tensor, lora_as: list[Tensor], dss: list[Tensor], drop: _Dropout
                 tuple(d.stride(0) for d in dss[first:last]), *x.stride(),
                 drop.threshold, per_split, first,
                 G=count, RP=padded, BM=c.step, BK=c.held,
-                DROPOUT=drop.on, PRECISION=_precision(x.dtype),
+                DROPOUT=drop.on, PRECISION=backend.precision(x.dtype),
                 num_warps=c.num_warps, num_stages=c.num_stages,
             )  # fmt: skip
         row = 0

@@ -65,12 +65,6 @@ def tile_of(rows: int, dtype: torch.dtype) -> Tile:
     return SMALL if rows <= _FEW_ROWS else LARGE
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """fp32 products in TF32 only where torch's own would be."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
-
-
 def lora_qkv_fwd(
     x: Tensor, weights: list[Tensor], lora_as: list[Tensor], lora_bs: list[Tensor],
     biases: list[Tensor | None], scalings: list[float], dropout_p: float, seed: Tensor | None,
@@ -126,7 +120,7 @@ def _project(
             BM=c.rows, BP=c.pairs, BK=c.step, RB=block, RANK_BLOCKS=-(-rank // block),
             GROUP_M=8, EVEN_K=k % c.step == 0, HAS_BIAS=bias is not None,
             HAS_IDS=position_ids is not None, INTERLEAVED=interleaved,
-            PRECISION=_precision(x.dtype), num_warps=c.warps, num_stages=c.stages,
+            PRECISION=backend.precision(x.dtype), num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
     return y
 

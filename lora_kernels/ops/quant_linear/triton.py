@@ -94,12 +94,6 @@ def target_of(x: Tensor) -> configs.Target:
     return _target(x.device.type, x.device.index or 0)
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """fp32 products in TF32 only where torch's own would be."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
-
-
 def _raw(parts: tuple[Tensor, ...], spec: QuantSpec) -> tuple[Tensor, ...]:
     """The parts as the kernels take them: fp8 as bytes."""
     return (parts[0].view(torch.uint8), *parts[1:]) if spec.format == "fp8" else tuple(parts)
@@ -253,7 +247,7 @@ def _packed_product(
     whole = splits == 1 and adapter is None
     target = out if whole else z.new_empty(splits, m, p + rank, dtype=torch.float32)
     left, right = (out, out) if adapter is None else (adapter.left, adapter.right)
-    shared: dict[str, Any] = {"PRECISION": _precision(z.dtype)}
+    shared: dict[str, Any] = {"PRECISION": backend.precision(z.dtype)}
     if where.amd:
         shared["matrix_instr_nonkdim"] = 16  # one instruction whatever the tile
     bias_stride = 0 if bias is None else bias.stride(0)

@@ -20,6 +20,7 @@ from lora_kernels.ops.rms_norm import triton_tiles as tiles
 from lora_kernels.ops.rms_norm.problem import RmsNormProblem
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_device = backend.processors
 _SUM_BLOCK, _SUM_ROWS = 64, 16
 
 
@@ -50,20 +51,6 @@ def _kernels() -> _Kernels:
     return _Kernels(
         triton_normalize.normalize, triton_gradients.gradients, _triton_partial_sums.sum_partials
     )
-
-
-def _device(t: Tensor) -> tuple[int, bool]:
-    """(multiprocessors, is it AMD's); the interpreter takes the choices of a large device."""
-    if t.device.type == "cpu":
-        return 132, False
-    name, processors, _ = backend.architecture(t.device.index or 0)
-    return processors, name.startswith("gfx")
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """fp32 products in TF32 only where torch's own would be."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
 
 
 def rms_norm_fwd(
@@ -106,7 +93,7 @@ def _normalize(
         tuple(a.stride(1) for a in members), eps, offset,
         G=len(lora_as), RP=tiles.padded_rank(max(ranks, default=1)), BM=tile.rows, BK=tile.columns,
         WHOLE=tile.whole, NORMALIZE=rstd is not None, WEIGHTED=weight is not None,
-        PRECISION=_precision(x.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        PRECISION=backend.precision(x.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
 
