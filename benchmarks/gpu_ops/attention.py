@@ -1,4 +1,5 @@
-"""attention: against SDPA's flash, cuDNN and efficient kernels, FlexAttention and flash-attn."""
+"""attention: against SDPA's flash, cuDNN and efficient kernels, FlexAttention and flash-attn, and
+`aten` with each library's kernel that it may call."""
 
 from __future__ import annotations
 
@@ -15,9 +16,17 @@ from benchmarks.gpu_ops.attention_decode import (
     decode_problem,
     decode_work,
 )
+from benchmarks.gpu_ops.attention_libraries import (
+    NOT_DETERMINISTIC,
+    PROVIDERS,
+    LibraryWork,
+    library_of,
+    need,
+    taking,
+)
 from benchmarks.gpu_ops.row import GpuOp, Judge, Keywords, Work
 from benchmarks.peers import UnavailableError, load
-from lora_kernels.ops import attention
+from lora_kernels.ops import _registry, attention
 from lora_kernels.testing import (
     AttentionInputs,
     BudgetExceededError,
@@ -63,12 +72,27 @@ def _judge(i: AttentionInputs | DecodeInputs) -> Judge:
 
 
 def _work(i: AttentionInputs | DecodeInputs, provider: str) -> Work:
+    library = library_of(provider)
+    if library is not None:
+        device = str(i.q.device.type)
+        need(library, _registry.find("attention").problem(**_asked(i, library), device=device))
     if isinstance(i, DecodeInputs):
         return decode_work(i, provider, ROW.peers)
     leaves = {n: t.detach().requires_grad_() for n, t in i.leaves().items()}
     generator = torch.Generator().manual_seed(1)
     shape = (*i.q.shape[:-1], i.v.shape[-1])
     dout = torch.randn(shape, generator=generator, dtype=torch.float64).to(i.q)
+    if library is not None:
+        options = {**i.options, "deterministic": library not in NOT_DETERMINISTIC}
+
+        def by_library() -> dict[str, Tensor]:
+            with taking(library):
+                made = attention(
+                    **leaves, **i.constants(), **options, return_lse=True, backend="aten"
+                )
+            return dict(zip(("out", "lse"), made, strict=True))
+
+        return LibraryWork(by_library, leaves, {"out": dout}, library)
     peer = _peer(i, provider)
 
     def forward() -> dict[str, Tensor]:
@@ -178,6 +202,10 @@ def _problem(i: AttentionInputs | DecodeInputs) -> Keywords:
     }  # fmt: skip
 
 
+def _asked(i: AttentionInputs | DecodeInputs, library: str) -> Keywords:
+    return {**_problem(i), "deterministic": library not in NOT_DETERMINISTIC}
+
+
 def _counted(i: AttentionInputs | DecodeInputs) -> tuple[Keywords, ...]:
     """Packed sequences one by one, whose flops and bytes are those of the whole."""
     whole = _problem(i)
@@ -264,6 +292,6 @@ ROW = GpuOp(
     work=_work,
     problem=_problem,
     counted=_counted,
-    peers=(*SDPA, "flex", "flash-attn"),
+    peers=(*SDPA, "flex", "flash-attn", *PROVIDERS),
     gate=_gate,
 )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_ops.attention_libraries import library_of, taking
 from benchmarks.gpu_ops.row import Keywords, Work
 from benchmarks.peers import UnavailableError, load
 from lora_kernels.ops.attention.decode import attention_decode
@@ -89,6 +90,18 @@ def decode_work(i: DecodeInputs, provider: str, peers: tuple[str, ...]) -> Work:
                 "out": theirs(i.q, i.k_cache, i.v_cache, cache_seqlens=i.cache_seqlens, causal=True)
             }
         )
+    library = library_of(provider)
+    if library is not None:
+
+        def by_library() -> dict[str, Tensor]:
+            with taking(library):
+                made = attention_decode(
+                    i.q, i.k_cache, i.v_cache, i.cache_seqlens, block_table=i.block_table,
+                    **i.options, return_lse=True, backend="aten",
+                )  # fmt: skip
+            return dict(zip(("out", "lse"), made, strict=True))
+
+        return Work(by_library)
     if provider in peers:
         raise UnavailableError(f"{provider} has no cache with lengths of its own")
 

@@ -15,10 +15,21 @@ import pytest
 import torch
 
 import lora_kernels as lk
+from benchmarks.gpu_ops import ROWS
+from benchmarks.gpu_ops.attention_libraries import PROVIDERS
+from benchmarks.peers import UnavailableError
 from lora_kernels.errors import BackendUnavailableError, InvalidArgumentError
 from lora_kernels.ops import attention
-from lora_kernels.ops.attention import capabilities, libraries
-from lora_kernels.ops.attention.libraries import flash, form, here, proof, table
+from lora_kernels.ops.attention import aten, capabilities, libraries
+from lora_kernels.ops.attention.libraries import (
+    decode,
+    flash,
+    form,
+    here,
+    proof,
+    requested,
+    table,
+)
 from lora_kernels.ops.attention.problem import AttentionProblem
 from lora_kernels.testing import attention_inputs, attention_op, check_attention
 from tests.ops.attention_cases import CASES, together
@@ -385,7 +396,39 @@ def test_packages_that_are_absent_or_older(monkeypatch):
     assert here.load("lora_kernels_has_no_such_module")[0] is None
 
 
-def test_no_boundary_is_read_more_than_once_each_way(log):
-    """What waits for the device: the longest lengths, both in one copy."""
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_gpu_check_runs_each_of_them(log, provider):
+    """As a provider of the benchmark: named forward and backward, judged, and put back."""
+    row = ROWS["attention"]
+    i = row.inputs(**row.small[0])
+    row.judge(i)(row.work(i, provider).results(), provider)
+    assert requested() == "auto"
+    with pytest.raises(UnavailableError, match="dropout"):
+        row.work(row.inputs(**row.small[4]), provider)
+    cache = row.inputs(**row.small[10])
+    if provider.removeprefix("aten-") in decode.ORDER:
+        row.judge(cache)(row.work(cache, provider).results(), provider)
+    else:
+        with pytest.raises(UnavailableError, match="cache"):
+            row.work(cache, provider)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asks", [
+    {"causal": True}, {"window": (3, 2), "Hk": 2}, {"softcap": 1.5, "alibi": True},
+    {"mask": "bool", "sinks": True}, {"return_lse": True}, {"lengths": (3, 0, 17, 1)},
+], ids=str)  # fmt: skip
+def test_the_real_flex_attention(monkeypatch, asks):
+    """Uncompiled on a CPU, where torch runs its backward all the same."""
+    from torch.nn.attention import flex_attention
+
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *arguments: None)
+    monkeypatch.setattr(aten, "_has_libraries", lambda t: True)
+    monkeypatch.setattr(here, "device", lambda: Pretended(0, (9, 0)))
+    _take(monkeypatch, "flex")
+    check_attention(attention_inputs(**asks), "aten", ("q", "k", "v"))
+
+
+def test_the_longest_lengths_are_one_copy(log):
     p = form.packing(torch.tensor([0, 3, 3, 9]), torch.tensor([0, 1, 8, 9]))
     assert (p.max_q, p.max_k) == (6, 7) and p.q.dtype == p.k.dtype == torch.int32

@@ -107,7 +107,6 @@ class AttentionProblem:
             "float16": self.dtype == torch.float16,
             "bfloat16": self.dtype == torch.bfloat16,
             "gpu": self.device != "cpu",
-            "deterministic": self.deterministic,
         }
         return frozenset(name for name, there in used.items() if there)
 

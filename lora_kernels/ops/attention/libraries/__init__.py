@@ -89,6 +89,8 @@ def static(
 ) -> str:  # fmt: skip
     """Why `library` cannot run it, as far as that is known without running anything."""
     features = problem.features() | particular
+    if problem.deterministic:
+        features |= {"deterministic"}
     if direction == "fwd":  # what torch says of cuDNN's determinism is about both directions
         features -= {"lse_gradient", "mask_gradient"}
     why = table.lacking(library, features)

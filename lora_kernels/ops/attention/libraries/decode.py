@@ -64,8 +64,7 @@ class Cache:
 
 def static(library: str, problem: AttentionProblem, where: here.Device | None) -> str:
     """Why `library` cannot run it, as far as the problem tells."""
-    features = problem.features() - {"varlen", "deterministic"}
-    why = table.lacking(library, features)
+    why = table.lacking(library, problem.features())
     if why:
         return why
     if problem.alibi:
