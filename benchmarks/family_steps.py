@@ -191,10 +191,7 @@ def main(argv: list[str] | None = None) -> int:
         "size": options.size, "batch": options.batch, "sequence": options.sequence,
         "rank": options.rank, "rounds": options.rounds, "rows": rows,
     }  # fmt: skip
-    name = f"family_steps-{options.size}-{options.dtype}"
-    path = options.json or record.default_path({**result, "op": name})
-    record.save(path, result)
-    print(f"record: {path}")
+    record.keep(result, options.json, f"family_steps-{options.size}-{options.dtype}")
     return 0
 
 

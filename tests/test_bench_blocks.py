@@ -14,7 +14,14 @@ from lora_kernels.testing import assert_within_budget
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from benchmarks import activation_memory, blocks, blocks_table, grouping, peak_memory
+from benchmarks import (
+    activation_memory,
+    blocks,
+    blocks_table,
+    family_steps,
+    grouping,
+    peak_memory,
+)
 
 
 def test_blocks_are_checked_and_timed(tmp_path, capsys):
@@ -68,6 +75,15 @@ def test_wrong_grouping_is_not_timed(monkeypatch, capsys):
     )
     assert grouping.main(["--rounds", "1"]) == 1
     assert "WRONG, not timed: qkv: together" in capsys.readouterr().err
+
+
+def test_steps_of_families(tmp_path):
+    path = tmp_path / "record.json"
+    options = ["--size", "tiny", "--batch", "1", "--sequence", "8", "--rank", "2", "--rounds", "1"]
+    assert family_steps.main([*options, "--family", "bert", "t5", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [r["family"] for r in rows] == ["bert", "t5"]
+    assert all(r["peft_seconds"] > 0 and r["lora_kernels_seconds"] > 0 for r in rows)
 
 
 @pytest.mark.slow
