@@ -260,6 +260,16 @@ def test_tests_are_counted_per_backend():
     assert "too large" in made["ops"]["lora_linear"]["cuda"]["why"]
 
 
+def test_a_pair_of_ops_has_tests_of_its_own():
+    """It passes by them, and what fails for it alone is no failure of its ops."""
+    test = "tests/test_gpu_ops.py::test_small_problems_on_the_device[{}-triton-0]"
+    both = heard(test.format("norm_shrink"), "failed"), heard(test.format("rms_norm"))
+    made = test_part.summarise({"triton": group(*both)}, 1.0)["ops"]
+    assert made["norm_shrink"]["triton"]["status"] == "failed"
+    assert made["rms_norm"]["triton"]["status"] == "passed"
+    assert made["activation_shrink"]["triton"]["status"] == "not run"
+
+
 def test_a_failure_of_nobody_counts_against_all():
     made = test_part.summarise({"others": group(heard("tests/test_x.py::test_x", "failed"))}, 1.0)
     assert all(own["any"]["status"] == "failed" for own in made["ops"].values())

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_kernels.ops._registry import OPS
+from lora_kernels.ops._shrink_pairs import PAIRS
 from tools.gpu_check.parts import BACKENDS, NOBODYS, covered, not_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +44,7 @@ def ops_of(test: str) -> set[str]:
     """The ops that a test speaks for: the one that its file names, else those that its name or
     parameters name, else all of them."""
     file, _, rest = test.partition("::")
-    every = [spec.name for spec in OPS]
+    every = [spec.name for spec in (*OPS, *PAIRS)]
     for text in (file, rest):
         named = {op for op in every if re.search(rf"(?<![a-z]){op}(?![a-z])", text)}
         if named:
