@@ -6,7 +6,8 @@
 Four tables in one process, all providers of a table in turns. Shares of bandwidth are of a copy
 (bytes read plus bytes written) that takes its turn among them.
 
-    gemv        Y = X W^T with one row, bf16; bytes are those of the packed weight and statistics
+    gemv        Y = X W^T with one row, on the first shape with 2 to 16, too, bf16; bytes are those
+                of the packed weight and statistics
     dequantize  W in bf16, into a tensor that is there already, or into a new one, whose pages the
                 system has to clear first
     fwd         Y with a LoRA adapter of rank 16, training-size M
@@ -24,6 +25,7 @@ import copy
 import itertools
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +50,30 @@ FORMATS = {
     "int4 g128": ("int4", "gptq", 128, 0),
     "fp8": ("fp8", "fp8_row", 64, 0),
 }
+# Beside these, for one row: what else checkpoints hold.
+MORE_FORMATS = {
+    "fp4": ("fp4", "flat", 64, 0),
+    "int4 g32": ("int4", "gptq", 32, 0),
+    "int4 g64": ("int4", "gptq", 64, 0),
+    "int4 g128 act-order": ("int4", "gptq", 128, 0),
+    "int4 rows": ("int4", "gptq", -1, 0),
+    "fp8 128x128": ("fp8", "fp8_block", 128, 0),
+}
+FEW_ROWS = (2, 4, 8, 16)
 Parts = tuple[Tensor, ...]
 Work = Callable[[], object]
 
 
 def packed(w: Tensor, name: str) -> tuple[QuantSpec, list[Parts]]:
-    fmt, layout, block, nested = FORMATS[name]
+    fmt, layout, block, nested = (FORMATS | MORE_FORMATS)[name]
+    block = w.shape[1] if block == -1 else block
     spec = QuantSpec(fmt, layout, tuple(w.shape), DTYPE, block, nested)
-    parts = cpu.quantize(w, spec) or reference.quantize(w, spec)
+    if cpu.quantize(w[:1], replace(spec, shape=(1, w.shape[1]))) is not None:
+        return spec, [cpu.quantize(w, spec) or () for _ in range(COPIES)]
+    parts = reference.quantize(w, spec)
+    if "act-order" in name:
+        spec = replace(spec, act_order=True)
+        parts = (*parts[:3], parts[3][torch.randperm(w.shape[1])].contiguous())
     return spec, [tuple(p.clone() for p in parts) for _ in range(COPIES)]
 
 
@@ -145,14 +163,14 @@ def bandwidth_rows(
     return made
 
 
-def gemv(w: Tensor, rounds: int, with_peers: bool) -> list[dict[str, Any]]:
+def gemv(w: Tensor, rounds: int, with_peers: bool, m: int = 1) -> list[dict[str, Any]]:
     n, k = w.shape
-    x = torch.randn(1, k).to(DTYPE)
+    x = torch.randn(m, k).to(DTYPE)
     exact = x.double() @ w.double().t()
     plain = [w.to(DTYPE) for _ in range(COPIES)]
     works: dict[str, Work] = {"torch bf16": in_turns(lambda c: F.linear(x, c), plain)}
     moved, errors = {"torch bf16": plain[0].nbytes}, {}
-    for name in FORMATS:
+    for name in FORMATS | (MORE_FORMATS if m == 1 else {}):
         spec, copies = packed(w, name)
 
         def call(parts: Parts, spec: QuantSpec = spec) -> Tensor:
@@ -170,7 +188,7 @@ def gemv(w: Tensor, rounds: int, with_peers: bool) -> list[dict[str, Any]]:
             print(f"{name}: WRONG, rms error {error:.3g}, ours {errors[like]:.3g}")
             continue
         works[name], moved[name] = work, weight_bytes
-    return bandwidth_rows("gemv", [1, k, n], works, moved, "torch bf16", rounds)
+    return bandwidth_rows("gemv", [m, k, n], works, moved, "torch bf16", rounds)
 
 
 def dequantize(w: Tensor, rounds: int, with_peers: bool) -> list[dict[str, Any]]:
@@ -294,6 +312,8 @@ def main(argv: list[str] | None = None) -> int:
         for n, k in shapes:
             w = torch.randn(n, k) / k**0.5
             made = gemv(w, options.rounds, not options.no_peers)
+            for m in FEW_ROWS if (n, k) == shapes[0] else ():
+                made += gemv(w, max(3, options.rounds // 2), False, m)
             made += dequantize(w, options.rounds, not options.no_peers)
             if (n, k) == shapes[0]:
                 for m in rows:

@@ -19,7 +19,7 @@ from benchmarks.report import commit_line, machine_line
 BEGIN, END = "<!-- quant-benchmark:begin -->", "<!-- quant-benchmark:end -->"
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "quantization.md"
 BANDWIDTH = {
-    "gemv": "One row, {k} inputs, {n} outputs",
+    "gemv": "{rows}, {k} inputs, {n} outputs",
     "dequantize": "Dequantize {n} x {k} to bf16",
 }
 
@@ -30,9 +30,10 @@ def _us(row: dict[str, Any]) -> str:
 
 
 def _bandwidth(table: str, shape: tuple[int, ...], rows: list[dict[str, Any]]) -> list[str]:
-    n, k = (shape[2], shape[1]) if table == "gemv" else shape
+    m, k, n = shape if table == "gemv" else (0, shape[1], shape[0])
+    title = BANDWIDTH[table].format(rows="One row" if m == 1 else f"{m} rows", n=n, k=k)
     lines = [
-        f"| {BANDWIDTH[table].format(n=n, k=k)} | time, us | GB/s | share of a copy's |",
+        f"| {title} | time, us | GB/s | share of a copy's |",
         "|---|---:|---:|---:|",
     ]
     return lines + [
