@@ -131,7 +131,8 @@ def _by_library(
         alibi=slopes is not None, dtype=q.dtype, device=q.device.type,
         cache="contiguous" if table is None else "paged",
     )  # fmt: skip
-    library, _ = decode.choose(problem, cache)
+    with torch.cuda.device_of(q):
+        library, _ = decode.choose(problem, cache)
     if library is None:
         return None
     d = _operands(q, k_cache, v_cache, sinks, scale)

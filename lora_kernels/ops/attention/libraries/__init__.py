@@ -13,6 +13,7 @@ import os
 from dataclasses import replace
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from lora_kernels.errors import BackendUnavailableError, InvalidArgumentError
@@ -121,7 +122,8 @@ def explain(problem: AttentionProblem, direction: str = "fwd") -> tuple[bool, st
 def pick(d: Operands, p: form.Packing | None, direction: str, **gradients: bool) -> str | None:
     """The library for these operands, or None."""
     problem = d.problem(sequences=0 if p is None else p.q.shape[0] - 1, **gradients)
-    return choose(problem, direction, form.particular(d, p))[0]
+    with torch.cuda.device_of(d.q):
+        return choose(problem, direction, form.particular(d, p))[0]
 
 
 def forward(library: str, d: Operands, p: form.Packing | None) -> tuple[Tensor, Tensor]:
