@@ -36,6 +36,18 @@ class Mlp(nn.Module):
         return self.down(self.act(self.mid(torch.tanh(self.up(x)))))
 
 
+class QkvBlock(nn.Module):
+    """Three layers with one input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(48, 40, bias=False)
+        self.k_proj, self.v_proj = nn.Linear(48, 40), nn.Linear(48, 40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.q_proj(x)) * self.k_proj(x) + self.v_proj(x)
+
+
 def lora_config(**overrides: object) -> LoraConfig:
     settings: dict[str, object] = {
         "r": 4,
@@ -51,6 +63,17 @@ def mlp(**overrides: object) -> PeftModel:
     torch.manual_seed(0)
     settings = {"target_modules": ["up", "mid", "down"]} | overrides
     return get_peft_model(Mlp(), lora_config(**settings))
+
+
+def results(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Output and every gradient of a model that maps one tensor to one."""
+    model.zero_grad(set_to_none=True)
+    x = x.detach().clone().requires_grad_()
+    y = model(x)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    y.backward(dy)
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "dx": x.grad} | grads
 
 
 def layer(model: nn.Module, name: str) -> nn.Module:

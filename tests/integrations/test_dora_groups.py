@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
-from peft_models import as_fp64, layer, lora_config
+from peft_models import QkvBlock, as_fp64, layer, lora_config, results
 from torch import Tensor, nn
 
 import lora_kernels as lk
@@ -17,20 +17,10 @@ from lora_kernels.testing import BudgetExceededError, assert_within_budget
 NAMES = ("q_proj", "k_proj", "v_proj")
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj = nn.Linear(48, 40, bias=False)
-        self.k_proj, self.v_proj = nn.Linear(48, 40), nn.Linear(48, 40)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.q_proj(x)) * self.k_proj(x) + self.v_proj(x)
-
-
 @pytest.fixture(autouse=True)
 def _table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "_rows", blocks.rows())
-    blocks.register_block(Block, NAMES)
+    blocks.register_block(QkvBlock, NAMES)
 
 
 @pytest.fixture
@@ -49,22 +39,12 @@ def block(*targets: str, dtype: torch.dtype = torch.float32, **overrides: object
     """With magnitudes that differ from the norms."""
     torch.manual_seed(0)
     settings = {"target_modules": list(targets or NAMES), "use_dora": True} | overrides
-    model = get_peft_model(Block().to(dtype), lora_config(**settings))
+    model = get_peft_model(QkvBlock().to(dtype), lora_config(**settings))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "magnitude" in name:
                 p.mul_(torch.rand(p.shape) + 0.5)
     return model
-
-
-def results(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    model.zero_grad(set_to_none=True)
-    x = x.detach().clone().requires_grad_()
-    y = model(x)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
-    y.backward(dy)
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return {"y": y.detach(), "dx": x.grad} | grads
 
 
 def assert_same(got: dict, stock: dict, reference: dict, dtype: torch.dtype) -> None:

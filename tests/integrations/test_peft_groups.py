@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 from peft import get_peft_model
-from peft_models import CASES, as_fp64, layer, lora_config, run
+from peft_models import CASES, as_fp64, layer, lora_config, results, run
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -60,16 +60,6 @@ def block(**overrides: object) -> nn.Module:
 
 def inner(model: nn.Module) -> Block:
     return model.base_model.model
-
-
-def results(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    model.zero_grad(set_to_none=True)
-    x = x.detach().clone().requires_grad_()
-    y = model(x)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
-    y.backward(dy)
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return {"y": y.detach(), "dx": x.grad} | grads
 
 
 def assert_same(got: dict, stock: dict, reference: dict) -> None:

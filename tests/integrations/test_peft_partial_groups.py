@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from peft import get_peft_model
-from peft_models import as_fp64, layer, lora_config
+from peft_models import QkvBlock, as_fp64, layer, lora_config, results
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,20 +20,10 @@ from lora_kernels.testing import BudgetExceededError, assert_within_budget
 NAMES = ("q_proj", "k_proj", "v_proj")
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj = nn.Linear(48, 40, bias=False)
-        self.k_proj, self.v_proj = nn.Linear(48, 40), nn.Linear(48, 40)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.q_proj(x)) * self.k_proj(x) + self.v_proj(x)
-
-
 @pytest.fixture(autouse=True)
 def _table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "_rows", blocks.rows())
-    blocks.register_block(Block, NAMES)
+    blocks.register_block(QkvBlock, NAMES)
 
 
 @pytest.fixture
@@ -52,21 +42,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def block(*targets: str, dtype: torch.dtype = torch.bfloat16, **overrides: object) -> nn.Module:
     torch.manual_seed(0)
     settings = {"target_modules": list(targets or ("q_proj", "v_proj"))} | overrides
-    return get_peft_model(Block().to(dtype), lora_config(**settings))
+    return get_peft_model(QkvBlock().to(dtype), lora_config(**settings))
 
 
-def inner(model: nn.Module) -> Block:
+def inner(model: nn.Module) -> QkvBlock:
     return model.base_model.model
-
-
-def results(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    model.zero_grad(set_to_none=True)
-    x = x.detach().clone().requires_grad_()
-    y = model(x)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
-    y.backward(dy)
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return {"y": y.detach(), "dx": x.grad} | grads
 
 
 def assert_same(got: dict, stock: dict, reference: dict) -> None:
@@ -269,7 +249,7 @@ def test_compiled():
 
 def test_layers_of_this_package(calls):
     torch.manual_seed(0)
-    model = nn.Sequential(Block().bfloat16().requires_grad_(False))
+    model = nn.Sequential(QkvBlock().bfloat16().requires_grad_(False))
     lk.replace_modules(model, r=4, alpha=8, targets=["q_proj", "v_proj"])
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("peft")
 
 from peft import LoraConfig, get_peft_model
+from peft_models import results
 
 import lora_kernels as lk
 from lora_kernels.errors import InvalidArgumentError
@@ -82,16 +83,6 @@ def adapted(wrap, **options) -> nn.Module:
         if "lora_B" in name:
             nn.init.normal_(p, std=0.3)
     return model
-
-
-def results(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    model.zero_grad(set_to_none=True)
-    x = x.detach().clone().requires_grad_()
-    y = model(x)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
-    y.backward(dy)
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return {"y": y.detach(), "dx": x.grad} | grads
 
 
 def exact_dx(model: nn.Module, x: Tensor) -> Tensor:
