@@ -1,8 +1,11 @@
 #include "memory.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdlib>
+#include <mutex>
 #include <new>
+#include <unordered_map>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -20,6 +23,30 @@ std::shared_ptr<void> allocate(size_t bytes) {
   if (alignment == kPage) madvise(block, size, MADV_HUGEPAGE);  // advice only
 #endif
   return {block, std::free};
+}
+
+void join_pages(const void* block, size_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  constexpr int kCollapse = 25;  // MADV_COLLAPSE, since Linux 6.1; an older system refuses it
+  constexpr size_t kMostKnown = 4096;
+  if (bytes < 2 * kPage) return;
+  static std::mutex mutex;
+  static std::unordered_map<uintptr_t, size_t> known;  // blocks that were asked for
+  const auto begin = reinterpret_cast<uintptr_t>(block);
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (known.size() > kMostKnown) known.clear();
+    size_t& size = known[begin];
+    if (size == bytes) return;
+    size = bytes;
+  }
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, end = (begin + bytes) / kPage * kPage;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, kCollapse);  // advice only
+#else
+  (void)block;
+  (void)bytes;
+#endif
 }
 
 void* thread_workspace(size_t bytes) {

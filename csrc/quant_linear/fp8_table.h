@@ -2,7 +2,7 @@
 // for the high byte of 64 weights, so that a scale costs 128 products, not one for each weight.
 //
 // The values are those of fp8_lanes times the scale, rounded once. NaN stays NaN.
-// Needs AVX512-VBMI, which every machine with AMX has; a hypervisor may hide it.
+// Needs AVX512-VBMI (has_byte_tables).
 #pragma once
 
 #include <immintrin.h>
@@ -11,13 +11,6 @@
 
 namespace lora_kernels::quant_linear {
 namespace {
-
-#define LK_VBMI __attribute__((target("avx512vbmi")))
-
-inline bool has_byte_tables() {
-  static const bool has = __builtin_cpu_supports("avx512vbmi");
-  return has;
-}
 
 // Low bytes of the values of codes 0 to 127, then their high bytes.
 struct alignas(64) Fp8Table {
@@ -54,34 +47,21 @@ struct alignas(64) Fp8Table {
   }
 };
 
-// 64 columns of `rows` rows of codes, each row through its table or all through one: 32 columns at
-// dst + 32 i, 32 at dst + stride + 32 i. Where the row ends, `count` columns are there, then zeros.
-template <bool kOneTable, bool kWhole>
+// 64 columns of `rows` rows of codes: 32 columns at dst + 32 i, 32 at dst + stride + 32 i. Where the row
+// ends, `count` columns are there, then zeros.
+template <bool kWhole>
 LK_VBMI inline void look_up_fp8(const uint8_t* codes, int64_t row_bytes, int64_t rows,
-                                int64_t count, const Fp8Table* tables, bf16* dst, int64_t stride,
+                                int64_t count, const Fp8Table& table, bf16* dst, int64_t stride,
                                 const uint8_t* next) {
   const __mmask64 valid = kWhole ? ~__mmask64{0} : (__mmask64{1} << count) - 1u;
   // Eight bytes that unpacking will bring together.
   const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-  const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
-  __m512i low0, low1, high0, high1;
-  const auto read = [&](const Fp8Table& table) {
-    low0 = _mm512_load_si512(table.bytes);
-    low1 = _mm512_load_si512(table.bytes + 64);
-    high0 = _mm512_load_si512(table.bytes + 128);
-    high1 = _mm512_load_si512(table.bytes + 192);
-  };
-  if constexpr (kOneTable) read(*tables);
   for (int64_t i = 0; i < rows; ++i, codes += row_bytes) {
-    if constexpr (!kOneTable) read(tables[i]);
     if (next != nullptr) _mm_prefetch(reinterpret_cast<const char*>(next + 64 * i), _MM_HINT_T1);
     const __m512i given =
         kWhole ? _mm512_loadu_si512(codes) : _mm512_maskz_loadu_epi8(valid, codes);
-    const __m512i code = _mm512_permutexvar_epi64(order, given);
-    __m512i low = _mm512_permutex2var_epi8(low0, code, low1);
-    __m512i high = _mm512_permutex2var_epi8(high0, code, high1);
-    constexpr int kXorAnd = 0x78;  // a ^ (b & c)
-    high = _mm512_ternarylogic_epi32(high, code, sign, kXorAnd);
+    __m512i low, high;
+    table.look_up(_mm512_permutexvar_epi64(order, given), low, high);
     __m512i first = _mm512_unpacklo_epi8(low, high), second = _mm512_unpackhi_epi8(low, high);
     if constexpr (!kWhole) {
       first = _mm512_maskz_mov_epi16(static_cast<__mmask32>(valid), first);
@@ -92,57 +72,50 @@ LK_VBMI inline void look_up_fp8(const uint8_t* codes, int64_t row_bytes, int64_t
   }
 }
 
-// Rows of an fp8 weight, half a strip of one group at a time, in the order of the groups.
+// Rows of an fp8 weight as left strips.
 class Fp8Rows {
  public:
-  // Is a scale shared by whole groups, and by enough weights to pay for its table.
+  // Is a scale shared by whole rows, or by whole groups of strips.
   static bool serves(const Weight& w) {
     return w.layout == Layout::kFp8 && has_byte_tables() &&
            (w.scale_columns == 1 || (w.block % kGroup == 0 && w.block_rows % kStrip == 0));
   }
-  explicit Fp8Rows(const Weight& w) : w_(w) {}
+  explicit Fp8Rows(const Weight& w) : w_(w) {
+    if (w.layout == Layout::kFp8 && w.scale_columns == 1) table_.fill(1.0f);
+  }
 
   // Rows [n0, n0 + 32).
-  void begin(int64_t n0) {
-    n0_ = n0;
-    rows_ = std::min(kStrip, w_.n - n0);
-    one_ = (n0 + rows_ - 1) / w_.block_rows == n0 / w_.block_rows;
-    end_ = 0;
-  }
-  void tiles(int64_t half, int64_t g, bf16* dst, int64_t stride, const uint8_t* next) {
-    const int64_t k0 = g * kGroup;
-    if (k0 >= end_) fill(k0);
-    const int64_t first = 16 * half, rows = std::min<int64_t>(16, rows_ - first);
-    const int64_t count = w_.k - k0;
+  void begin(int64_t n0) { n0_ = n0; }
+  // Rows [first, first + count) of group g as rows of two tiles, `stride` elements apart.
+  void rows(int64_t first, int64_t count, int64_t g, bf16* dst, int64_t stride,
+            const uint8_t* next) {
+    const int64_t k0 = g * kGroup, columns = w_.k - k0;
+    if (w_.scale_columns != 1) fill(k0);
+    const int64_t have = std::clamp<int64_t>(w_.n - n0_ - first, 0, count);
     const uint8_t* codes = w_.codes + (n0_ + first) * w_.k + k0;
-    if (one_) {
-      count >= kGroup
-          ? look_up_fp8<true, true>(codes, w_.k, rows, count, tables_, dst, stride, next)
-          : look_up_fp8<true, false>(codes, w_.k, rows, count, tables_, dst, stride, next);
-    } else {
-      const Fp8Table* own = tables_ + first;
-      count >= kGroup ? look_up_fp8<false, true>(codes, w_.k, rows, count, own, dst, stride, next)
-                      : look_up_fp8<false, false>(codes, w_.k, rows, count, own, dst, stride, next);
-    }
-    for (int64_t i = std::max<int64_t>(rows, 0); i < 16; ++i) {
+    columns >= kGroup
+        ? look_up_fp8<true>(codes, w_.k, have, columns, table_, dst, stride, next)
+        : look_up_fp8<false>(codes, w_.k, have, columns, table_, dst, stride, next);
+    for (int64_t i = have; i < count; ++i) {
       _mm512_store_si512(dst + i * 32, _mm512_setzero_si512());
       _mm512_store_si512(dst + stride + i * 32, _mm512_setzero_si512());
     }
   }
+  void tiles(int64_t half, int64_t g, bf16* dst, int64_t stride, const uint8_t* next) {
+    rows(16 * half, 16, g, dst, stride, next);
+  }
 
  private:
   void fill(int64_t k0) {
-    const int64_t column = w_.scale_columns == 1 ? 0 : k0 / w_.block;
-    end_ = w_.scale_columns == 1 ? w_.k : (column + 1) * w_.block;
-    for (int64_t i = 0; i < (one_ ? 1 : rows_); ++i) {
-      tables_[i].fill(w_.scale[(n0_ + i) / w_.block_rows * w_.scale_columns + column]);
-    }
+    const int64_t block = n0_ / w_.block_rows * w_.scale_columns + k0 / w_.block;
+    if (block == block_) return;
+    block_ = block;
+    table_.fill(w_.scale[block]);
   }
 
   const Weight& w_;
-  int64_t n0_ = 0, rows_ = 0, end_ = 0;
-  bool one_ = true;
-  Fp8Table tables_[kStrip];
+  int64_t n0_ = 0, block_ = -1;
+  Fp8Table table_;
 };
 
 }  // namespace

@@ -83,6 +83,15 @@ at::Tensor new_matrix(int64_t rows, int64_t columns, at::ScalarType dtype) {
                        at::TensorOptions().dtype(dtype));
 }
 
+// Many rows of X read W in panels of columns or rows: each row of a panel is on a page of its own.
+void join_pages(const Weight& w, int64_t m) {
+  constexpr int64_t kPanelRows = 64;
+  if (m < kPanelRows) return;
+  const bool nibbles = w.layout == Layout::kFlat, int4 = w.layout == Layout::kInt4;
+  cpu::join_pages(w.codes, static_cast<size_t>(int4 ? w.n * w.row_bytes
+                                                    : w.n * w.k / (nibbles ? 2 : 1)));
+}
+
 }  // namespace
 
 std::string engine_name(at::ScalarType dtype) { return kernels_for(dtype_of(dtype)).name; }
@@ -208,6 +217,7 @@ std::tuple<at::Tensor, at::Tensor> quant_linear_fwd(
   }
   p.keep_scale = keep_scale(p.dropout);
   const int64_t m = x.size(0);
+  join_pages(w, m);
   const at::Tensor y = at::empty({m, w.n}, x.options()), s = at::empty({m, p.rank}, x.options());
   p.ldy = w.n;
   p.lds = p.rank;
@@ -235,6 +245,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quant_linear_bwd(
   const at::Tensor dy = separate_rows(dy_given);
   const at::ScalarType type = dy.scalar_type();
   const int64_t m = dy.size(0);
+  if (need_dx) join_pages(w, m);
   std::vector<at::Tensor> held;
   BwdParams p{};
   p.weight = &w;

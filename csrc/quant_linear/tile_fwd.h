@@ -6,9 +6,9 @@
 // Phases: (0) X, A, B into tiles; (1) S per strip of rows; (2) Y, split over rows of W, which is
 // decoded beside the products: for up to 32 rows of X one group at a time (tile_stream.h), else in
 // panels (tile_panels.h).
-// Numerics: W, X, S and B in bf16 (int8: the codes, exactly; the scale of a row multiplies the sum),
-// fp32 accumulation over all columns in the order of the steps whatever the number of rows, one
-// rounding at the store. The tile unit flushes denormals to zero.
+// Numerics: W, X, S and B in bf16 (int8, and fp8 of one scale a row: the codes, exactly; the scale
+// multiplies the sum), fp32 accumulation over all columns in the order of the steps whatever the
+// number of rows, one rounding at the store. The tile unit flushes denormals to zero.
 #pragma once
 
 #include "tile_panels.h"
@@ -78,8 +78,8 @@ inline void shrink(const FwdParams& p, const TileShared& shared, const TileOwn& 
         for (int64_t e = 0; e < kStrip * kStrip; ++e) own.tile[e] *= p.keep_scale;
       }
       for (int64_t half = 0; half < columns; half += 16) {
-        store_transposed(own.tile, half, rows, columns, nullptr,
-                         static_cast<bf16*>(p.s) + row * p.lds + r * kStrip, p.lds, false);
+        store_transposed(own.tile, half, rows, columns,
+                         static_cast<bf16*>(p.s) + row * p.lds + r * kStrip, p.lds);
       }
       for (int64_t e = 0; e < kStrip * kStrip; ++e) own.tile[e] *= p.scaling;
       const auto lanes = static_cast<__mmask16>((1u << shared.width) - 1u);
@@ -87,9 +87,8 @@ inline void shrink(const FwdParams& p, const TileShared& shared, const TileOwn& 
       for (int64_t t = 0; 16 * t < columns; ++t) {
         for (int64_t q = 0; q < 16; ++q) {
           const float* even = own.tile + 2 * q * kStrip + 16 * t;
-          _mm512_mask_storeu_epi32(
-              to + t * kTile + q * 2 * shared.width, lanes,
-              pairs(even, even + kStrip, _mm512_setzero_ps(), _mm512_setzero_ps()));
+          _mm512_mask_storeu_epi32(to + t * kTile + q * 2 * shared.width, lanes,
+                                   pairs(_mm512_load_ps(even), _mm512_load_ps(even + kStrip)));
         }
       }
     }

@@ -9,18 +9,19 @@
 #pragma once
 
 #include "code_lines.h"
+#include "fp8_table.h"
 #include "tile_beside.h"
 #include "tile_operands.h"
 
 namespace lora_kernels::quant_linear {
 namespace {
 
-// Decodes strips [begin, end) of W panel by panel, block by block, in units of 16 rows x 64 columns.
+// Decodes strips [begin, end) of W panel by panel, block by block, in units of 4 rows x 64 columns.
 // What of a strip is in a block is decoded together; the codes of the one after it are asked for.
 class BlockDecoder {
  public:
   BlockDecoder(const Weight& w, float* scales, Span strips, int64_t panel)
-      : rows_(w), lines_(w), scales_(scales), strips_(strips), panel_(panel),
+      : rows_(w), fp8_(w), lines_(w), by_bytes_(Fp8Rows::serves(w)), scales_(scales), strips_(strips), panel_(panel),
         groups_(round_up(w.k, kGroup) / kGroup), ahead_strip_(strips.begin),
         ahead_panel_(strips.begin) {
     fetch_strip();
@@ -32,22 +33,29 @@ class BlockDecoder {
     strips_end_ = i1;
     g0_ = g_ = g0;
     g1_ = g1;
-    half_ = 0;
+    unit_ = 0;
     dst_ = dst;
   }
   int64_t units() const {
     const int64_t strips = strips_end_ - strip_;
-    return strips <= 0 ? 0 : (strips * (g1_ - g0_) - (g_ - g0_)) * 2 - half_;
+    return strips <= 0 ? 0 : (strips * (g1_ - g0_) - (g_ - g0_)) * kUnits - unit_;
   }
   void step() {
-    if (g_ == g0_ && half_ == 0) {
+    if (g_ == g0_ && unit_ == 0) {
       ++begun_;
       while (behind()) fetch();
       rows_.begin(strip_ * kStrip, g0_, g1_, scales_);
+      fp8_.begin(strip_ * kStrip);
     }
-    rows_.tiles(half_, g_, dst_ + half_ * kTile, kStepTiles, nullptr);
-    if (++half_ < 2) return;
-    half_ = 0;
+    const int64_t row = unit_ * kRows;
+    bf16* to = dst_ + row / 16 * kTile + row % 16 * kStep;
+    if (by_bytes_) {
+      fp8_.rows(row, kRows, g_, to, kStepTiles, nullptr);
+    } else {
+      rows_.rows(row, kRows, g_, to, kStepTiles, nullptr);
+    }
+    if (++unit_ < kUnits) return;
+    unit_ = 0;
     dst_ += kGroupSteps * kStepTiles;
     if (++g_ < g1_) return;
     g_ = g0_;
@@ -60,7 +68,7 @@ class BlockDecoder {
     }
   }
 
-  int64_t lines_of_unit() const { return lines_.count(16, kGroup); }
+  int64_t lines_of_unit() const { return lines_.count(kRows, kGroup); }
   // Asks for one more line, but not of a strip after the next.
   void fetch() {
     if (fetched_ > begun_ || ahead_strip_ >= strips_.end) return;
@@ -87,12 +95,15 @@ class BlockDecoder {
                  (ahead_group_ + kBlockGroups) * kGroup);
   }
 
+  static constexpr int64_t kRows = 4, kUnits = kStrip / kRows;
   WeightRows rows_;
+  Fp8Rows fp8_;
   CodeLines lines_;
+  const bool by_bytes_;
   float* scales_;
   const Span strips_;
   const int64_t panel_, groups_;
-  int64_t strip_ = 0, strips_end_ = 0, g0_ = 0, g1_ = 0, g_ = 0, half_ = 0;
+  int64_t strip_ = 0, strips_end_ = 0, g0_ = 0, g1_ = 0, g_ = 0, unit_ = 0;
   bf16* dst_ = nullptr;
   int64_t begun_ = 0, fetched_ = 0;  // strips of blocks, in the order of decoding
   int64_t ahead_strip_, ahead_panel_, ahead_group_ = 0;

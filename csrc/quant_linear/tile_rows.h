@@ -22,6 +22,14 @@ namespace {
 constexpr int64_t kGroup = 64, kStrip = 32, kStep = 32, kGroupSteps = kGroup / kStep;
 constexpr int64_t kTile = 512, kStepTiles = 2 * kTile;  // elements
 
+#define LK_VBMI __attribute__((target("avx512vbmi")))
+
+// Every machine with AMX has AVX512-VBMI; a hypervisor may hide it.
+inline bool has_byte_tables() {
+  static const bool has = __builtin_cpu_supports("avx512vbmi");
+  return has;
+}
+
 inline __m512i as_int(__m512bh v) { return reinterpret_cast<__m512i>(v); }
 
 inline __m512i load_bf16(const bf16* src, int64_t n) {
@@ -144,7 +152,7 @@ inline bool fp8_group(const Weight& w, int64_t n, int64_t k0, bf16* dst, int64_t
   return true;
 }
 
-// Rows of a quantized weight as left strips, half a strip of one group at a time.
+// Rows of a quantized weight as left strips, some rows of one group at a time.
 class WeightRows {
  public:
   explicit WeightRows(const Weight& w) : w_(w) {
@@ -167,7 +175,10 @@ class WeightRows {
   int64_t scratch_floats() const { return w_.layout == Layout::kFlat ? kStrip * units_ : 0; }
 
   // Is the scale of a whole row left to the result; tiles then hold the codes, exactly.
-  bool unscaled() const { return w_.layout == Layout::kInt8; }
+  bool unscaled() const {
+    return w_.layout == Layout::kInt8 ||
+           (w_.layout == Layout::kFp8 && w_.scale_columns == 1 && has_byte_tables());
+  }
 
   // The scales of rows [n0, n0 + 32) in groups [g0, g1): before the groups themselves.
   void begin(int64_t n0, int64_t g0, int64_t g1, float* scratch) {
@@ -215,29 +226,27 @@ class WeightRows {
   // Bytes of a row in a group.
   int64_t group_bytes() const { return nibbles_ || w_.layout == Layout::kInt4 ? 32 : 64; }
 
-  // Rows [16 half, 16 half + 16) of group g as two tiles, `stride` elements apart. As many bytes as
-  // they read are asked for at `next`; null: none are.
-  void tiles(int64_t half, int64_t g, bf16* dst, int64_t stride, const uint8_t* next) const {
-    const int64_t first = 16 * half, rows = std::min<int64_t>(16, rows_ - first);
+  // Rows [first, first + count) of group g, 4 or 16, as rows of two tiles, `stride` elements apart. As
+  // many bytes as they read are asked for at `next`; null: none are.
+  void rows(int64_t first, int64_t count, int64_t g, bf16* dst, int64_t stride,
+            const uint8_t* next) const {
+    const int64_t have = std::clamp<int64_t>(rows_ - first, 0, count);
     if (!nibbles_) {
-      for (int64_t i = 0; i < rows; ++i) plain(first + i, g, dst + i * 32, stride, next == nullptr ? next : next + 64 * i);
-    } else if (unit_ == 64) {
-      const bool whole = rows == 16 && (g + 1) * 32 <= row_bytes_;
-      if (w_.layout == Layout::kInt4) {
-        whole ? look_up<true, false, true>(first, 16, g, dst, stride, next)
-              : look_up<true, false, false>(first, rows, g, dst, stride, next);
-      } else {
-        whole ? look_up<false, false, true>(first, 16, g, dst, stride, next)
-              : look_up<false, false, false>(first, rows, g, dst, stride, next);
+      for (int64_t i = 0; i < have; ++i) {
+        plain(first + i, g, dst + i * 32, stride, next == nullptr ? next : next + 64 * i);
       }
+    } else if (w_.layout == Layout::kInt4) {
+      nibble_rows<true>(first, count, have, g, dst, stride, next);
     } else {
-      w_.layout == Layout::kInt4 ? look_up<true, true, false>(first, rows, g, dst, stride, next)
-                                 : look_up<false, true, false>(first, rows, g, dst, stride, next);
+      nibble_rows<false>(first, count, have, g, dst, stride, next);
     }
-    for (int64_t i = std::max<int64_t>(rows, 0); i < 16; ++i) {
+    for (int64_t i = have; i < count; ++i) {
       _mm512_store_si512(dst + i * 32, _mm512_setzero_si512());
       _mm512_store_si512(dst + stride + i * 32, _mm512_setzero_si512());
     }
+  }
+  void tiles(int64_t half, int64_t g, bf16* dst, int64_t stride, const uint8_t* next) const {
+    rows(16 * half, 16, g, dst, stride, next);
   }
 
  private:
@@ -249,8 +258,22 @@ class WeightRows {
     return _mm512_mul_ps(_mm512_sub_ps(codebook, _mm512_set1_ps(zero_[at])), scale);
   }
 
-  // kTwo: two scales in a group, 8 words each. kWhole: 16 rows of 32 bytes.
-  template <bool kZeros, bool kTwo, bool kWhole>
+  template <bool kZeros>
+  void nibble_rows(int64_t first, int64_t count, int64_t have, int64_t g, bf16* dst, int64_t stride,
+                   const uint8_t* next) const {
+    if (unit_ != 64) {
+      look_up<kZeros, true, 0>(first, have, g, dst, stride, next);
+    } else if (have < count || (g + 1) * 32 > row_bytes_) {
+      look_up<kZeros, false, 0>(first, have, g, dst, stride, next);
+    } else if (count == 4) {
+      look_up<kZeros, false, 4>(first, 4, g, dst, stride, next);
+    } else {
+      look_up<kZeros, false, 16>(first, 16, g, dst, stride, next);
+    }
+  }
+
+  // kTwo: two scales in a group, 8 words each. kRows: so many rows of 32 bytes; 0: as given.
+  template <bool kZeros, bool kTwo, int kRows>
   void look_up(int64_t first, int64_t given_rows, int64_t g, bf16* dst, int64_t stride,
                const uint8_t* next) const {
     const __m512 codebook =
@@ -264,7 +287,8 @@ class WeightRows {
     const int64_t unit = kTwo ? 2 * g : g;
     const int64_t at = first * ld_ + unit / per_ - first_;
     const int64_t second = kTwo ? (unit + 1) / per_ - unit / per_ : 0;
-    const int64_t rows = kWhole ? 16 : given_rows;
+    constexpr bool kWhole = kRows > 0;
+    const int64_t rows = kWhole ? kRows : given_rows;
     const uint8_t* row = w_.codes + (n0_ + first) * row_bytes_ + g * 32;
     const int64_t left = kWhole ? 32 : row_bytes_ - g * 32;
     const __mmask32 valid = left >= 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1u;
