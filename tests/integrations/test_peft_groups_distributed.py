@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from families import FAMILIES
+from test_families import GRADIENT_FACTOR
 from torch import Tensor, nn
 
 import lora_kernels as lk
@@ -38,8 +39,8 @@ def _step(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def _wrap(model: nn.Module, wrapper: str) -> nn.Module:
-    lk.apply(model)
+def _wrap(model: nn.Module, wrapper: str, **options: bool) -> nn.Module:
+    lk.apply(model, **options)
     if wrapper == "ddp":
         return nn.parallel.DistributedDataParallel(model)
     from torch.distributed.fsdp import fully_shard
@@ -83,3 +84,39 @@ def test_gradients_of_two_processes_are_those_of_one(wrapper: str, tmp_path: Pat
     assert gradients.keys() == stock.keys() and len(stock) == 28
     for name, value in gradients.items():
         assert_within_budget(value, reference[name], stock[name], name)
+
+
+def _shrink_worker(rank: int, wrapper: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    try:
+        taken, take = [0], layer_group.LayerGroup.take
+
+        def counted(self: layer_group.LayerGroup, *args: object) -> Tensor | None:
+            s = take(self, *args)
+            taken[0] += s is not None
+            return s
+
+        layer_group.LayerGroup.take = counted
+        model = _wrap(_model(), wrapper, fused_shrink=True)
+        gradients = _step(model, _ids()[2 * rank : 2 * rank + 2])
+        if rank == 0:
+            torch.save((gradients, taken[0]), f"{folder}/result.pt")
+        gc.collect()
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("wrapper", "count"), [("ddp", 4), ("fsdp2", 4), ("fsdp2-each-layer", 0)])
+def test_s_made_by_norms(wrapper: str, count: int, tmp_path: Path) -> None:
+    """Sharded by block A is there when the norm runs; sharded by layer it is not, and layers make
+    their own S."""
+    mp.spawn(_shrink_worker, (wrapper, str(tmp_path)), nprocs=2)
+    gradients, taken = torch.load(tmp_path / "result.pt")
+    assert taken == count
+    stock, reference = _step(_model(), _ids()), _step(_model().double(), _ids())
+    assert gradients.keys() == stock.keys()
+    for name, value in gradients.items():
+        assert_within_budget(value, reference[name], stock[name], name, GRADIENT_FACTOR)
