@@ -221,8 +221,8 @@ def test_the_check_leaves_the_generator_alone(log):
 
 
 ORDERS = [
-    ((9, 0), {}, "flash-attn-4"), ((10, 0), {}, "flash-attn-4"), ((8, 0), {}, "flash-attn-2"),
-    ((9, 0), {"D": 200}, "flash-attn-4"), ((8, 9), {"dtype": "float32"}, "efficient"),
+    ((9, 0), {}, "flash-attn-3"), ((10, 0), {}, "flash-attn-4"), ((8, 0), {}, "flash-attn-2"),
+    ((9, 0), {"D": 200}, "flash-attn-3"), ((8, 9), {"dtype": "float32"}, "efficient"),
     ((7, 5), {"dtype": "float16"}, "efficient"), ((7, 5), {}, None),
     ((10, 0), {"alibi": True}, "flash-attn-2"), ((9, 0), {"mask": "bool"}, "efficient"),
     ((9, 0), {"dtype": "float64"}, None), ((9, 0), {"dropout_p": 0.1}, None),
@@ -344,7 +344,7 @@ def test_explain_names_the_kernel_and_why_no_other(log, monkeypatch):
         return lk.explain("attention", **{**shapes, **more})["backends"]["aten"]
 
     why = of_aten(alibi=True, causal=True)["reason"]
-    assert why.startswith("FlashAttention 2, the package flash_attn; flash-attn-4: ")
+    assert why.startswith("FlashAttention 2, the package flash_attn; flash-attn-3: ")
     assert "flash-attn-3: FlashAttention 3 has no ALiBi" in why
     assert "cudnn: " in why and "flash: " not in why
     blocks = of_aten(dropout_p=0.2)["reason"]

@@ -7,8 +7,8 @@ tell apart; the others are those of capabilities.FEATURES.
 from __future__ import annotations
 
 COLUMNS: dict[str, str] = {
-    "flash-attn-4": "`flash-attn-4`",
     "flash-attn-3": "`flash-attn-3`",
+    "flash-attn-4": "`flash-attn-4`",
     "flash-attn-2": "`flash-attn-2`",
     "cudnn": "`cudnn`",
     "flash": "`flash`",
@@ -24,8 +24,9 @@ TITLES: dict[str, str] = {
     "efficient": "memory-efficient attention, by torch's operator",
     "flex": "FlexAttention, compiled",
 }
-# Tried in this order, the quickest first where it exists at all; the others are taken by name only.
-ORDER = ("flash-attn-4", "flash-attn-3", "cudnn", "flash-attn-2", "flash", "efficient")
+# Tried in this order, the one made for a GPU first (3 for Hopper, 4 for Blackwell); the others are
+# taken by name only.
+ORDER = ("flash-attn-3", "flash-attn-4", "cudnn", "flash-attn-2", "flash", "efficient")
 # These take packed sequences in one call, the others one by one.
 PACKED = ("flash-attn-4", "flash-attn-3", "flash-attn-2", "flash", "flex")
 
