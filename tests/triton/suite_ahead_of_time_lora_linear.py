@@ -209,14 +209,25 @@ def configurations(target: str, monkeypatch: Any) -> list[ahead_of_time.Launch]:
     return _COLLECTED[target]
 
 
-@pytest.mark.parametrize("target", ahead_of_time.TARGETS)
-def test_every_configuration_of_the_default(target, monkeypatch):
-    launches = configurations(target, monkeypatch)
+def assert_configurations(target: str, monkeypatch: Any, share: slice) -> None:
+    launches = sorted(configurations(target, monkeypatch), key=lambda launch: launch.name)
     assert len(launches) > 70
-    found = [launch.compile() for launch in launches]
+    found = [launch.compile() for launch in launches[share]]
     where = configs.target(target, ahead_of_time.TARGETS[target][1])
     ahead_of_time.assert_fits(found, where.shared_bytes)
     assert_launchable(found)
+
+
+@pytest.mark.parametrize(("first", "target"), enumerate(ahead_of_time.TARGETS))
+def test_a_quarter_of_the_configurations_of_the_default(first, target, monkeypatch):
+    """Of each GPU and kernel another quarter; all of them take minutes."""
+    assert_configurations(target, monkeypatch, slice(first, None, len(ahead_of_time.TARGETS)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ahead_of_time.TARGETS)
+def test_every_configuration_of_the_default(target, monkeypatch):
+    assert_configurations(target, monkeypatch, slice(None))
 
 
 def test_the_space_reaches_every_tile_of_the_default(monkeypatch):
