@@ -20,7 +20,7 @@ _SANDWICH: Pairs = (("input_layernorm", "self_attn"), ("pre_feedforward_layernor
 # "model folder, stem of its classes" by what their decoder layers do
 _DECODERS: dict[Pairs, tuple[str, ...]] = {
     _PRE: (
-        "llama Llama", "mistral Mistral", "ministral Ministral", "mixtral Mixtral", "qwen2 Qwen2",
+        "llama Llama", "mistral Mistral", "qwen2 Qwen2",
         "qwen3 Qwen3", "gemma Gemma", "smollm3 SmolLM3", "phi3 Phi3", "granite Granite",
         "gpt_oss GptOss",
     ),
