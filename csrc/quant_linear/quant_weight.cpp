@@ -1,12 +1,15 @@
 // From the parts of a format to the Weight that kernels read.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <vector>
 
+#include "../cpu/memory.h"
 #include "quant_linear_host.h"
 
 namespace lora_kernels::quant_linear {
@@ -27,6 +30,19 @@ const float* floats(QuantWeight& w, const at::Tensor& t, int64_t numel, const ch
   check_part(t, at::kFloat, numel, name);
   w.held.push_back(t);
   return t.const_data_ptr<float>();
+}
+
+// On large pages where it is large: a product of few rows would look up as many small ones as it
+// reads.
+at::Tensor zeros(int64_t numel, at::ScalarType dtype) {
+  constexpr int64_t kLargePages = int64_t{4} << 20;
+  const int64_t bytes = numel * static_cast<int64_t>(c10::elementSize(dtype));
+  if (bytes < kLargePages) return at::zeros({numel}, dtype);
+  std::shared_ptr<void> block = cpu::allocate(static_cast<size_t>(bytes));
+  void* data = block.get();
+  return at::from_blob(data, {numel}, [block](void*) mutable { block.reset(); },
+                       at::TensorOptions().dtype(dtype))
+      .zero_();
 }
 
 // gptq: word [r, n] holds columns 8r .. 8r + 7 of row n, lowest bits first.
@@ -108,7 +124,7 @@ void make_int4(QuantWeight& made, const std::string& layout,
   w.layout = Layout::kInt4;
   w.scale_columns = groups;
   w.row_bytes = ceil_div(k, 8) * 4;
-  const at::Tensor codes = at::zeros({n * w.row_bytes + 64}, at::kByte);
+  const at::Tensor codes = zeros(n * w.row_bytes + 64, at::kByte);
   auto* out = codes.mutable_data_ptr<uint8_t>();
   const auto* words = reinterpret_cast<const uint32_t*>(parts[0].const_data_ptr<int32_t>());
   if (awq) {
@@ -117,7 +133,8 @@ void make_int4(QuantWeight& made, const std::string& layout,
     repack_gptq(words, n, w.row_bytes / 4, out);
   }
   // Read a vector past the end where K is not a whole number of groups.
-  const at::Tensor scales = at::zeros({n * groups + 16}, at::kFloat), zeros = scales.clone();
+  const at::Tensor scales = zeros(n * groups + 16, at::kFloat);
+  const at::Tensor zero_points = zeros(n * groups + 16, at::kFloat);
   const at::Tensor given = parts[2].to(at::kFloat).contiguous();
   const float* from = given.const_data_ptr<float>();
   float* scale = scales.mutable_data_ptr<float>();
@@ -125,7 +142,7 @@ void make_int4(QuantWeight& made, const std::string& layout,
     for (int64_t i = 0; i < n; ++i) scale[i * groups + g] = from[g * n + i];
   }
   const auto* packed = reinterpret_cast<const uint32_t*>(parts[1].const_data_ptr<int32_t>());
-  float* zero = zeros.mutable_data_ptr<float>();
+  float* zero = zero_points.mutable_data_ptr<float>();
   for (int64_t g = 0; g < groups; ++g) {
     for (int64_t i = 0; i < line * 8; ++i) {
       const int64_t row = awq ? i / 8 * 8 + kAwqOrder[i % 8] : i;
@@ -137,7 +154,7 @@ void make_int4(QuantWeight& made, const std::string& layout,
   w.codes = out;
   w.scale = scale;
   w.zero = zero;
-  made.held = {codes, scales, zeros};
+  made.held = {codes, scales, zero_points};
   if (!awq) {
     check_part(parts[3], at::kInt, k, "g_idx");
     const int32_t* group = parts[3].const_data_ptr<int32_t>();
