@@ -149,6 +149,8 @@ def build(architecture: str, **others: Any) -> nn.Module:
     kind, _, name = architecture.partition("-")
     try:
         config = tiny_config(CONFIG_MAPPING[name], **others)
+        if kind == "seq2seq" and getattr(config, "decoder_start_token_id", None) is None:
+            config.decoder_start_token_id = 1
         cls = getattr(modeling_auto, _MAPPINGS[kind])[name]
         cls = getattr(hf, cls[0] if isinstance(cls, tuple) else cls)
         with torch.device("meta"):
