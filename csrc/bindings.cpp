@@ -55,6 +55,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("packed"), py::arg("lora_as"), py::arg("lora_bs"), py::arg("s"),
         py::arg("scalings"), py::arg("dropout_p"), py::arg("seed"), py::arg("need_dx"),
         py::arg("need_da"), py::arg("need_db"), py::arg("ds") = py::none(), release());
+  m.def("lora_linear_few_rows", &lora_linear::few_rows, py::arg("dtype"));
+  m.def("lora_linear_fwd_few", &lora_linear::lora_linear_fwd_few, py::arg("x"), py::arg("weights"),
+        py::arg("lora_as"), py::arg("lora_bs"), py::arg("biases"), py::arg("scalings"),
+        py::arg("shrunk") = py::none(), release());
   m.def("lora_linear_eager", &lora_linear::lora_linear_eager);
   m.def("lora_linear_packed_copy", &lora_linear::packed_copy);
   m.def("lora_linear_keep_packed_copy", &lora_linear::keep_packed_copy);

@@ -34,6 +34,16 @@ def lora_linear_keep_packed_copy(
 def lora_linear_packed_copies_bytes() -> int: ...
 def lora_linear_packed_copies_count() -> int: ...
 def lora_linear_drop_packed_copies() -> None: ...
+def lora_linear_few_rows(dtype: torch.dtype) -> int: ...
+def lora_linear_fwd_few(
+    x: Tensor,
+    weights: list[Tensor],
+    lora_as: list[Tensor],
+    lora_bs: list[Tensor],
+    biases: list[Tensor | None],
+    scalings: list[float],
+    shrunk: Tensor | None = None,
+) -> tuple[list[Tensor], Tensor]: ...
 def lora_linear_eager(
     x: Tensor,
     weights: tuple[Tensor, ...],

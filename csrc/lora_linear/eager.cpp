@@ -112,6 +112,13 @@ std::vector<at::Tensor> library_calls(const at::Tensor& rows, const Members& m) 
   return ys;
 }
 
+// One of few rows, from weights whose rows lie side by side.
+bool is_few(const at::Tensor& rows, const Members& m) {
+  bool side_by_side = true;
+  for (const at::Tensor& w : m.weights) side_by_side = side_by_side && w.stride(1) == 1;
+  return side_by_side && rows.size(0) <= few_rows(rows.scalar_type());
+}
+
 // Nothing where a weight has no packed copy yet.
 std::optional<std::vector<at::Tensor>> compiled(const at::Tensor& rows, const Members& m) {
   const char* policy = std::getenv("LORA_KERNELS_PACK");
@@ -157,9 +164,14 @@ py::object lora_linear_eager(py::handle x_in, py::tuple weights, py::tuple lora_
     const py::gil_scoped_release release;
     const at::NoGradGuard no_grad;
     const at::Tensor rows = x->dim() == 2 ? *x : x->reshape({-1, x->size(-1)});
-    ys = std::strcmp(engine_name(x->scalar_type()).c_str(), "amx") == 0
-             ? compiled(rows, members)
-             : library_calls(rows, members);
+    if (is_few(rows, members)) {
+      ys = std::get<0>(lora_linear_fwd_few(rows, members.weights, members.lora_as,
+                                           members.lora_bs, members.biases, members.scalings,
+                                           std::nullopt));
+    } else {
+      ys = engine_name(x->scalar_type()) == "amx" ? compiled(rows, members)
+                                                  : library_calls(rows, members);
+    }
     if (ys) ys = unflatten(std::move(*ys), *x);
   }
   return ys ? py::cast(std::move(*ys)) : py::object(py::none());

@@ -9,6 +9,7 @@
 #include "../common/tensor_operands.h"
 #include "../cpu/isa.h"
 #include "../cpu/memory.h"
+#include "few_rows.h"
 #include "lora_linear.h"
 
 namespace lora_kernels::lora_linear {
@@ -180,6 +181,76 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> lora_linear_fwd(
   }
   const int64_t bytes = e.fwd_workspace(p, grid);
   run_threads(threads, [&](int t) { e.fwd(p, grid, t, cpu::thread_workspace(bytes)); });
+  return {ys, s};
+}
+
+int64_t few_rows(at::ScalarType dtype) {
+  if (cpu::active_isa() < cpu::Isa::kAvx2) return 0;
+  const bool tiles = std::string(engine_name(dtype)) == "amx";
+  return dtype == at::kFloat || tiles ? 1 : 2;
+}
+
+std::tuple<std::vector<at::Tensor>, at::Tensor> lora_linear_fwd_few(
+    const at::Tensor& x_in, const std::vector<at::Tensor>& weights,
+    const std::vector<at::Tensor>& lora_as, const std::vector<at::Tensor>& lora_bs,
+    const std::vector<std::optional<at::Tensor>>& biases, const std::vector<double>& scalings,
+    const std::optional<at::Tensor>& shrunk) {
+  const at::ScalarType dtype = x_in.scalar_type();
+  const at::Tensor x = separate_rows(x_in);
+  FewParams p{};
+  p.m = x.size(0);
+  p.k = x.size(1);
+  p.members = static_cast<int>(weights.size());
+  TORCH_CHECK(p.m <= kFewRows && p.members >= 1 && p.members <= kMaxGroup,
+              "lora_linear (cpu): ", p.m, " rows and ", p.members,
+              " members; accepted: at most ", kFewRows, " and 1 to ", kMaxGroup);
+  int64_t columns = 0;
+  std::vector<at::Tensor> ys, held;
+  const auto rows = [&](const at::Tensor& t, int64_t& ld, Dtype& as) {
+    held.push_back(rows_in(t, dtype));
+    ld = row_stride(held.back());
+    as = dtype_of(held.back());
+    return held.back().const_data_ptr();
+  };
+  for (int g = 0; g < p.members; ++g) {
+    FewMember& w = p.member[g];
+    TORCH_CHECK(weights[g].scalar_type() == dtype, "lora_linear (cpu): a weight is ",
+                weights[g].scalar_type(), "; accepted: ", dtype);
+    Dtype as;
+    w.w = rows(weights[g], w.ldw, as);
+    w.a = rows(lora_as[g], w.lda, w.a_dtype);
+    w.b = rows(lora_bs[g], w.ldb, w.b_dtype);
+    w.n = weights[g].size(0);
+    w.rank = lora_as[g].size(0);
+    w.s_column = p.ranks;
+    w.scaling = static_cast<float>(scalings[g]);
+    if (biases[g].has_value()) {
+      held.push_back(biases[g]->to(at::kFloat).contiguous());
+      w.bias = held.back().const_data_ptr<float>();
+    }
+    ys.push_back(at::empty({p.m, w.n}, x.options()));
+    w.y = ys.back().mutable_data_ptr();
+    p.ranks += w.rank;
+    columns += w.n;
+  }
+  at::Tensor s;
+  if (shrunk) {
+    s = given(*shrunk, "shrunk", dtype, p.m, p.ranks, 0.0);
+    p.given_s = s.const_data_ptr();
+    p.lds = row_stride(s);
+  } else {
+    s = at::empty({p.m, p.ranks}, x.options());
+    p.s = s.mutable_data_ptr();
+  }
+  p.x = x.const_data_ptr();
+  p.ldx = row_stride(x);
+  const FewRows& few = *cpu::for_active_isa<decltype(&few_rows_baseline)>(
+      nullptr, few_rows_avx512, few_rows_avx2, few_rows_baseline, dtype_of(x));
+  const int64_t bytes = few.workspace(p);
+  const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 16) / p.k);  // columns worth a thread
+  at::parallel_for(0, columns, grain, [&](int64_t begin, int64_t end) {
+    few.fwd(p, begin, end, cpu::thread_workspace(bytes));
+  });
   return {ys, s};
 }
 

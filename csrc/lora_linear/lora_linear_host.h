@@ -27,6 +27,16 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> lora_linear_fwd(
     const std::vector<double>& scalings, double dropout_p, const std::optional<at::Tensor>& seed,
     const std::optional<at::Tensor>& shrunk);
 
+// Up to how many rows lora_linear_fwd_few is quicker than the engine or the library.
+int64_t few_rows(at::ScalarType dtype);
+
+// The same for at most four rows without dropout, from weights as they are (few_rows.h).
+std::tuple<std::vector<at::Tensor>, at::Tensor> lora_linear_fwd_few(
+    const at::Tensor& x, const std::vector<at::Tensor>& weights,
+    const std::vector<at::Tensor>& lora_as, const std::vector<at::Tensor>& lora_bs,
+    const std::vector<std::optional<at::Tensor>>& biases, const std::vector<double>& scalings,
+    const std::optional<at::Tensor>& shrunk);
+
 std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> lora_linear_bwd(
     const std::vector<at::Tensor>& dys, const at::Tensor& x,
     const std::vector<at::Tensor>& packed, const std::vector<at::Tensor>& lora_as,

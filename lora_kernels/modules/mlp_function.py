@@ -16,8 +16,9 @@ from torch import Tensor
 
 from lora_kernels.modules.handed_shrink import Switch, backend_for
 from lora_kernels.modules.layer_group import Operands
-from lora_kernels.ops import _dispatch
+from lora_kernels.ops import _dispatch, grouped_lora_linear
 from lora_kernels.ops import _pairs as _ops
+from lora_kernels.ops import gated_activation as activate
 from lora_kernels.ops._differentiable_once import differentiable_once
 
 _once = differentiable_once("the MLP", "compute the activation with torch.nn.functional")
@@ -67,6 +68,9 @@ def fused_mlp(
         x = x.to(torch.get_autocast_dtype(device))
     if any(o.weight.dtype != x.dtype for o in dense) and not torch.is_autocast_enabled(device):
         return None
+    alone = shrunk is None and (shrink is False or (device == "cpu" and shrink == "auto"))
+    if alone and not _differentiable(x, dense):
+        return _layers(x, dense, kind, packed)
     rates = (dense[0].dropout_p, dense[-1].dropout_p)
     seeds = [
         None if p == 0.0 else torch.randint(0, 2**62, (), device=x.device, dtype=torch.int64)
@@ -86,6 +90,28 @@ def fused_mlp(
     rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
     y = MlpFunction.apply(rows, plan, *seeds, shrunk, *flat)
     return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
+
+
+def _differentiable(x: Tensor, layers: list[Operands]) -> bool:
+    return torch.is_grad_enabled() and (
+        x.requires_grad
+        or any(t is not None and t.requires_grad for o in layers for t in (o[1], o[2], o[4]))
+    )
+
+
+def _layers(x: Tensor, layers: list[Operands], kind: str, packed: bool) -> Tensor:
+    """The same without gradients: the calls that the node makes, and none of what it keeps."""
+    gate, *up = _results(x, layers[:-1])
+    if packed:
+        gate, *up = gate.chunk(2, dim=-1)
+    return _results(activate(gate, up[0] if up else None, kind), layers[-1:])[0]
+
+
+def _results(x: Tensor, layers: list[Operands]) -> list[Tensor]:
+    weights, lora_as, lora_bs, scalings, biases, rates = zip(*layers, strict=True)
+    return grouped_lora_linear(
+        x, weights, lora_as, lora_bs, scalings, biases=biases, dropout_p=rates[0]
+    )
 
 
 def _made_in_the_activation(

@@ -14,9 +14,12 @@ import torch
 
 from lora_kernels._backends import cpu
 from lora_kernels.errors import InvalidArgumentError
+from lora_kernels.ops import grouped_lora_linear
 from lora_kernels.ops.lora_linear import packing
+from lora_kernels.ops.lora_linear.problem import LoraLinearProblem, choose_for
 from lora_kernels.testing import (
     LAYOUTS,
+    assert_within_budget,
     check_lora_linear,
     compare,
     lora_linear_inputs,
@@ -229,3 +232,50 @@ def test_results_stored_past_the_cache(shape, dtype):
     """Y, or dX, of more than 1 MiB with rows of whole cache lines; ragged strips of both kinds."""
     inputs = lora_linear_inputs(*shape, 8, dtype)
     check_lora_linear(inputs, "cpu", "xab")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("adapter", [None, torch.float32], ids=["same", "fp32"])
+def test_few_rows_of_any_number_have_the_same_bits(isa, dtype, adapter):
+    """Weights as they are: odd sizes, a strided weight, a member without an adapter, S."""
+    torch.manual_seed(0)
+    for k, n, r in ((1, 1, 1), (37, 70, 3), (130, 67, 20)):
+        x = torch.randn(4, k).to(dtype)
+        weights = [torch.randn(n, 2 * k).to(dtype)[:, :k], torch.randn(5, k).to(dtype)]
+        lora_as = [torch.randn(r, k).to(adapter or dtype), torch.randn(0, k).to(adapter or dtype)]
+        lora_bs = [torch.randn(n, r).to(adapter or dtype), torch.randn(5, 0).to(adapter or dtype)]
+        rest = (weights, lora_as, lora_bs, [torch.randn(n), None], [0.5, 2.0])
+        ys, s = library.lora_linear_fwd_few(x, *rest)
+        shrunk = x.double() @ lora_as[0].double().t()
+        wanted = x.double() @ weights[0].double().t() + rest[3][0].double()
+        wanted += 0.5 * shrunk @ lora_bs[0].double().t()
+        plain = (
+            torch.nn.functional.linear(x, weights[0], rest[3][0].to(dtype))
+            + 0.5 * (x @ lora_as[0].to(dtype).t()) @ lora_bs[0].to(dtype).t()
+        )
+        assert_within_budget(ys[0], wanted, plain, "y")
+        assert_within_budget(s, shrunk, x @ lora_as[0].to(dtype).t(), "s")
+        for rows in (1, 2, 3):
+            parts, part = library.lora_linear_fwd_few(x[:rows], *rest)
+            assert all(torch.equal(a, b[:rows]) for a, b in zip(parts, ys, strict=True))
+            assert torch.equal(part, s[:rows])
+    with pytest.raises(RuntimeError, match="5 rows"):
+        library.lora_linear_fwd_few(torch.randn(5, k).to(dtype), *rest)
+
+
+def test_auto_reads_few_rows_without_packing(isa):
+    packing.clear()
+    inputs = lora_linear_inputs(1, 64, 48, 4, torch.float32)
+
+    def chosen(weights: list[torch.Tensor], direction: str) -> bool:
+        problem = LoraLinearProblem.of(inputs.x, weights, inputs.lora_as, 0.0)
+        name, why = choose_for(problem, None, direction)
+        return name == "cpu" and "as they are" in why
+
+    assert chosen(inputs.weights, "fwd") == (isa != "baseline")
+    assert not chosen([w.t().contiguous().t() for w in inputs.weights], "fwd")
+    assert not chosen(inputs.weights, "bwd")
+    grouped_lora_linear(
+        inputs.x, inputs.weights, inputs.lora_as, inputs.lora_bs, inputs.scalings, backend="cpu"
+    )
+    assert (packing.packed_bytes() == 0) == (isa != "baseline")

@@ -10,6 +10,7 @@ they are now (csrc/python/plain.h). Anything that differs, and the layer is read
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,6 @@ from lora_kernels.integrations.peft.eligibility import Parts
 from lora_kernels.modules.layer_group import Operands
 from lora_kernels.ops._eager import library_call
 
-_ATTRIBUTE = "_lora_kernels_plan"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = (
     "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks",
@@ -31,10 +31,9 @@ _POOR = 8  # plans that were hardly used before the layer gets no more of them
 
 
 class CallPlan:
-    """Operands of a layer and what they were read from. Copies and pickles are empty."""
+    """Operands of a layer and what they were read from. `own` are keys and values of the layer's
+    own dictionary, which a plan does not hold: it must not keep its layer alive."""
 
-    # `own`: keys and values of the layer's own dictionary, which a plan does not hold: a plan and
-    # its layer would keep each other alive until the garbage is collected.
     __slots__ = ("absent", "empty", "made", "operands", "own", "same", "tensors", "types", "used")
 
     tensors: tuple[Tensor | None, ...]
@@ -48,21 +47,21 @@ class CallPlan:
         self.operands: Operands | None = None  # None: no plan
         self.used = self.made = 0
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return CallPlan, ()
+
+# Beside the layers, whose state is PEFT's: copies and pickles have no plan.
+_plans: WeakKeyDictionary[Any, CallPlan] = WeakKeyDictionary()
 
 
 def planned(layer: Any, x: Any) -> Operands | None:
     """The operands for x from the layer's plan; None: there is none, or it no longer stands."""
     if torch.compiler.is_compiling():
         return None
-    state = layer.__dict__
-    plan: CallPlan | None = state.get(_ATTRIBUTE)
+    plan = _plans.get(layer)
     if plan is None or plan.operands is None:
         return None
     stands = library_call("plan_stands")
     if stands is None or not stands(
-        x, plan.tensors, state, plan.own, plan.same, plan.absent, plan.empty, plan.types
+        x, plan.tensors, layer.__dict__, plan.own, plan.same, plan.absent, plan.empty, plan.types
     ):
         return None
     plan.used += 1
@@ -73,7 +72,7 @@ def keep(layer: Any, adapter: str, parts: Parts, operands: Operands) -> None:
     """Plan further calls like the one these operands were just read for, where that can be."""
     if torch.compiler.is_compiling() or library_call("plan_stands") is None:
         return
-    plan = layer.__dict__.setdefault(_ATTRIBUTE, CallPlan())
+    plan = _plans.setdefault(layer, CallPlan())
     plan.operands = None
     if plan.made >= _POOR and plan.used < 4 * plan.made:
         return  # its modules change from call to call
@@ -92,7 +91,7 @@ def keep(layer: Any, adapter: str, parts: Parts, operands: Operands) -> None:
 
 
 def forget(layer: Any) -> None:
-    layer.__dict__.pop(_ATTRIBUTE, None)
+    _plans.pop(layer, None)
 
 
 def _read(layer: Any, adapter: str, parts: Parts) -> tuple[list[Any], ...]:

@@ -26,8 +26,8 @@ def supports(problem: LoraLinearProblem) -> tuple[bool, str]:
         return False, "in_features or out_features is 0"
     if len(problem.N) > _MAX_GROUP:
         return False, f"a group of {len(problem.N)} is too large; at most {_MAX_GROUP}"
-    if not hasattr(module, "lora_linear_packed_copy"):
-        return False, "lora_kernels._C predates kept packed copies; rebuild it"
+    if not hasattr(module, "lora_linear_fwd_few"):
+        return False, "lora_kernels._C predates weights read as they are; rebuild it"
     if problem.given and not hasattr(module, "lora_linear_given"):
         return False, "lora_kernels._C predates a given S or dS; rebuild it"
     dropping = problem.dropout_p > 0.0
@@ -36,11 +36,24 @@ def supports(problem: LoraLinearProblem) -> tuple[bool, str]:
     return True, f"{module.lora_linear_engine(problem.dtype)} kernels"
 
 
-def preferred(problem: LoraLinearProblem) -> tuple[bool, str]:
+def _few(rows: int, dtype: torch.dtype, row_major: bool, dropout_p: float) -> bool:
+    """So few rows of x that the weight is read once, where it lies."""
+    if dropout_p > 0.0 or not row_major:
+        return False
+    module, _ = backend.load()
+    assert module is not None
+    return rows <= module.lora_linear_few_rows(dtype)
+
+
+def preferred(problem: LoraLinearProblem, direction: str = "fwd") -> tuple[bool, str]:
     """Is the library the choice of `auto`: it can run `problem` and does not lose to `aten`."""
     able, why = supports(problem)
     if not able:
         return able, why
+    p = problem
+    read_as_is = direction == "fwd" and p.row_major and p.weight_dtype == p.dtype
+    if read_as_is and _few(p.M, p.dtype, True, p.dropout_p):
+        return True, "weights are read as they are for so few rows"
     module, _ = backend.load()
     assert module is not None
     engine = module.lora_linear_engine(problem.dtype)
@@ -68,6 +81,9 @@ def lora_linear_fwd(
     """Ys, each [M, N_g], and S [M, sum of ranks] in the dtype of x: `shrunk` where given."""
     module, _ = backend.load()
     assert module is not None
+    row_major = all(w.stride(1) == 1 and w.dtype == x.dtype for w in weights)
+    if _few(x.shape[0], x.dtype, row_major, dropout_p):
+        return module.lora_linear_fwd_few(x, weights, lora_as, lora_bs, biases, scalings, shrunk)
     packed = [packed_weight(w, x.dtype, False) for w in weights]
     ys, s = module.lora_linear_fwd(
         x, packed, [w.shape[0] for w in weights], lora_as, lora_bs, biases, scalings,

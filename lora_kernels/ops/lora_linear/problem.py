@@ -23,7 +23,8 @@ BACKENDS = ("reference", "aten", "cpu", "triton", "cuda")
 @dataclass(frozen=True)
 class LoraLinearProblem:
     """Y [M, N] from X [M, K]; N and the ranks are per group member. `device_index` counts GPUs;
-    `given`: S, or dS in the backward, is an operand."""
+    `given`: S, or dS in the backward, is an operand. `row_major`: the elements of a
+    weight's row lie side by side."""
 
     M: int
     K: int
@@ -37,6 +38,7 @@ class LoraLinearProblem:
     adapter_dtype: torch.dtype | None = None
     device_index: int = 0
     given: bool = False
+    row_major: bool = True
 
     @classmethod
     def of(
@@ -56,6 +58,7 @@ class LoraLinearProblem:
             adapter_dtype=lora_as[0].dtype,
             device_index=x.device.index or 0,
             given=given,
+            row_major=all(w.stride(1) == 1 for w in weights),
         )
 
     @classmethod
@@ -134,7 +137,8 @@ def choose_for(
     if name == "auto" and problem.device != "cpu":
         return _evidence.choose("lora_linear", BACKENDS, problem, direction, supports)
     disabled = os.environ.get("LORA_KERNELS_DISABLE", "")
-    return _choose(problem, name, disabled, _cpu_isa() if problem.device == "cpu" else "")
+    isa = _cpu_isa() if problem.device == "cpu" else ""
+    return _choose(problem, name, direction, disabled, isa)
 
 
 def _cpu_isa() -> str:
@@ -143,13 +147,17 @@ def _cpu_isa() -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def _choose(problem: LoraLinearProblem, name: str, disabled: str, cpu_isa: str) -> tuple[str, str]:
+def _choose(
+    problem: LoraLinearProblem, name: str, direction: str, disabled: str, cpu_isa: str
+) -> tuple[str, str]:
     """Cached on all that the answer depends on: `disabled` and `cpu_isa` serve the key alone."""
     if name != "auto":
         return _dispatch.resolve("lora_linear", name, (), lambda b: supports(b, problem))
     from lora_kernels.ops.lora_linear import cpu
 
-    return _dispatch.resolve("lora_linear", name, ("cpu",), lambda b: cpu.preferred(problem))
+    return _dispatch.resolve(
+        "lora_linear", name, ("cpu",), lambda b: cpu.preferred(problem, direction)
+    )
 
 
 def flops(problem: LoraLinearProblem, direction: str) -> float:
