@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_kernels as lk
 from benchmarks import machine, record
-from benchmarks.smollm2_step import DTYPES, SHAPE
+from benchmarks.options import DTYPES, model_parser
+from benchmarks.smollm2_step import SHAPE
 from lora_kernels.modules.layer_group import group_of
 
 PROVIDERS: dict[str, dict[str, Any]] = {
@@ -109,19 +109,9 @@ def per_layer(options: argparse.Namespace, provider: dict[str, Any]) -> float:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.activation_memory")
-    parser.add_argument("--dtype", default="bf16", choices=sorted(DTYPES))
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--sequence", type=int, default=256)
-    parser.add_argument("--rank", type=int, default=16)
+    parser = model_parser("activation_memory", batch=4, sequence=256, rank=16, layers=1)
     parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="default: benchmarks/results/<device>/...")
-    options = parser.parse_args(argv)
-    for name in ("batch", "sequence", "rank", "layers"):
-        if getattr(options, name) < 1:
-            parser.error(f"argument --{name}: must be at least 1")
-    return options
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import machine, record
+from benchmarks.options import DTYPES
 from benchmarks.readme_table import fill_page
 from benchmarks.report import commit_line, machine_line
 from benchmarks.timing import measure
@@ -27,7 +28,6 @@ from lora_kernels.ops import attention
 from lora_kernels.testing import attention_inputs, check_attention
 
 BEGIN, END = "<!-- attention-benchmark:begin -->", "<!-- attention-benchmark:end -->"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MODES = {"fwd": "forward", "fwd_bwd": "forward + backward"}
 # name: (B, S, H, Hk, D), features
 ROWS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import machine, record
+from benchmarks.options import DTYPES
 from benchmarks.readme_table import fill_page
 from benchmarks.report import commit_line, machine_line
 from benchmarks.timing import measure
@@ -28,7 +29,6 @@ from lora_kernels.ops import attention_decode
 from lora_kernels.testing import assert_within_budget
 
 BEGIN, END = "<!-- decode-benchmark:begin -->", "<!-- decode-benchmark:end -->"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PAGE = 16
 # B, H, Hk, D, keys
 ROWS = (

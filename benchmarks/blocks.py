@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 import lora_kernels as lk
 from benchmarks import machine, record
+from benchmarks.options import DTYPES
 from benchmarks.timing import measure
 from lora_kernels.modules.blocks import register_block
 from lora_kernels.testing import BudgetExceededError, assert_within_budget
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 HIDDEN, HEADS, KV_HEADS, INTERMEDIATE = 576, 9, 3, 1536  # SmolLM2-135M
 NAMES = {
     "qkv": ("q_proj", "k_proj", "v_proj"),

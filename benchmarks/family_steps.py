@@ -14,7 +14,6 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +23,9 @@ from torch import Tensor, nn
 
 import lora_kernels as lk
 from benchmarks import machine, record
+from benchmarks.options import DTYPES, model_parser
 from benchmarks.timing import measure
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SIZES = {"tiny": (128, 4), "small": (384, 6), "base": (768, 12)}  # width, heads
 LAYERS, CLASSES, VOCABULARY = 2, 4, 2048
 
@@ -157,20 +156,10 @@ def run(family: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.family_steps")
+    parser = model_parser("family_steps", batch=8, sequence=128, rank=16, rounds=9)
     parser.add_argument("--family", nargs="*", choices=list(FAMILIES), default=list(FAMILIES))
     parser.add_argument("--size", choices=list(SIZES), default="small")
-    parser.add_argument("--dtype", default="bf16", choices=sorted(DTYPES))
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--sequence", type=int, default=128)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path, help="default: benchmarks/results/<device>/...")
-    options = parser.parse_args(argv)
-    for name in ("batch", "sequence", "rank", "rounds"):
-        if getattr(options, name) < 1:
-            parser.error(f"argument --{name}: must be at least 1")
-    return options
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

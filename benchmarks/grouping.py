@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 import lora_kernels as lk
 from benchmarks import machine, record
-from benchmarks.blocks import DTYPES, HIDDEN, INTERMEDIATE, Qkv
+from benchmarks.blocks import HIDDEN, INTERMEDIATE, Qkv
+from benchmarks.options import DTYPES
 from benchmarks.timing import measure
 from lora_kernels.modules.blocks import register_block
 from lora_kernels.testing import BudgetExceededError, assert_within_budget

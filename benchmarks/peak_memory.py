@@ -24,7 +24,8 @@ from typing import Any
 from benchmarks import machine, record
 from benchmarks.activation_memory import build
 from benchmarks.memory import reset_high_water_mark, resident_bytes
-from benchmarks.smollm2_step import DTYPES, LAYERS, Trainer, batches
+from benchmarks.options import model_parser
+from benchmarks.smollm2_step import LAYERS, Trainer, batches
 
 _LOSS = {"apply": {"fused_loss": True}}
 _ALL = {"apply": {"fused_loss": True, "recompute_activations": True}}
@@ -69,20 +70,10 @@ def in_child(provider: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.peak_memory")
-    parser.add_argument("--dtype", default="bf16", choices=sorted(DTYPES))
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--sequence", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=LAYERS)
-    parser.add_argument("--rank", type=int, default=16)
+    parser = model_parser("peak_memory", batch=4, sequence=256, layers=LAYERS, rank=16)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--provider", choices=list(PROVIDERS), help="only this, in this process")
-    parser.add_argument("--json", type=Path, help="default: benchmarks/results/<device>/...")
-    options = parser.parse_args(argv)
-    for name in ("batch", "sequence", "layers", "rank"):
-        if getattr(options, name) < 1:
-            parser.error(f"argument --{name}: must be at least 1")
-    return options
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

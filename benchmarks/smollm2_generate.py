@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_kernels as lk
 from benchmarks import machine, record
-from benchmarks.smollm2_step import DTYPES, LAYERS, SHAPE
+from benchmarks.options import DTYPES, model_parser
+from benchmarks.smollm2_step import LAYERS, SHAPE
 from benchmarks.timing import measure
 from lora_kernels.testing import BudgetExceededError, assert_within_budget
 from lora_kernels.testing.attention import FACTOR
@@ -82,20 +82,10 @@ def check(options: argparse.Namespace) -> float:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.smollm2_generate")
-    parser.add_argument("--dtype", default="bf16", choices=sorted(DTYPES))
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--prompt", type=int, default=64)
-    parser.add_argument("--new", type=int, default=32)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--layers", type=int, default=LAYERS)
-    parser.add_argument("--json", type=Path, help="default: benchmarks/results/<device>/...")
-    options = parser.parse_args(argv)
-    for name in ("batch", "prompt", "new", "rank", "rounds", "layers"):
-        if getattr(options, name) < 1:
-            parser.error(f"argument --{name}: must be at least 1")
-    return options
+    parser = model_parser(
+        "smollm2_generate", batch=1, prompt=64, new=32, rank=16, rounds=8, layers=LAYERS
+    )
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,11 +24,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_kernels as lk
 from benchmarks import machine, record
+from benchmarks.options import DTYPES, model_parser
 from benchmarks.timing import measure
 from lora_kernels.testing import BudgetExceededError, assert_within_budget
 from lora_kernels.testing.attention import FACTOR, GRADIENT_FACTOR
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SHAPE = {
     "hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3,
     "intermediate_size": 1536, "vocab_size": 49152, "max_position_embeddings": 2048,
@@ -118,20 +117,9 @@ class Trainer:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.smollm2_step")
-    parser.add_argument("--dtype", default="bf16", choices=sorted(DTYPES))
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--sequence", type=int, default=128)
-    parser.add_argument("--rank", type=int, default=16)
+    parser = model_parser("smollm2_step", batch=4, sequence=128, rank=16, rounds=8, layers=LAYERS)
     parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--layers", type=int, default=LAYERS)
-    parser.add_argument("--json", type=Path, help="default: benchmarks/results/<device>/...")
-    options = parser.parse_args(argv)
-    for name in ("batch", "sequence", "rank", "rounds", "layers"):
-        if getattr(options, name) < 1:
-            parser.error(f"argument --{name}: must be at least 1")
-    return options
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
