@@ -1,7 +1,6 @@
 #include "eager.h"
 
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/_unsafe_view.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "../python/plain.h"
@@ -12,11 +11,8 @@ namespace py = pybind11;
 namespace lora_kernels::gated_activation {
 
 py::object gated_activation_eager(py::handle gate_in, py::handle up_in, const std::string& kind) {
-  const at::Tensor* gate = python::plain(gate_in);
-  if (gate == nullptr || gate->dim() == 0 || gate->numel() == 0 ||
-      !python::is_read(gate->scalar_type()) || !python::eager()) {
-    return py::none();
-  }
+  const at::Tensor* gate = python::eager_input(gate_in);
+  if (gate == nullptr) return py::none();
   bool differentiable = gate->requires_grad();
   const at::Tensor* up = nullptr;
   if (!up_in.is_none()) {
@@ -31,13 +27,10 @@ py::object gated_activation_eager(py::handle gate_in, py::handle up_in, const st
   {
     const py::gil_scoped_release release;
     const at::NoGradGuard no_grad;
-    const auto rows = [](const at::Tensor& t) {
-      return t.dim() == 2 ? t : t.reshape({-1, t.size(-1)});
-    };
     std::optional<at::Tensor> factor;
-    if (up != nullptr) factor = rows(*up);
-    h = gated_activation_fwd(rows(*gate), factor, kind);
-    if (gate->dim() != 2) h = at::_unsafe_view(h, gate->sizes());
+    if (up != nullptr) factor = python::flat_rows(*up);
+    h = gated_activation_fwd(python::flat_rows(*gate), factor, kind);
+    h = python::with_leading_shape(h, *gate);
   }
   return py::cast(std::move(h));
 }

@@ -1,7 +1,6 @@
 #include "eager.h"
 
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/_unsafe_view.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
@@ -135,25 +134,12 @@ std::optional<std::vector<at::Tensor>> compiled(const at::Tensor& rows, const Me
                                      m.scalings, 0.0, std::nullopt, std::nullopt));
 }
 
-std::vector<at::Tensor> unflatten(std::vector<at::Tensor> ys, const at::Tensor& x) {
-  if (x.dim() == 2) return ys;
-  std::vector<int64_t> shape = x.sizes().vec();
-  for (at::Tensor& y : ys) {
-    shape.back() = y.size(1);
-    y = at::_unsafe_view(y, shape);
-  }
-  return ys;
-}
-
 }  // namespace
 
 py::object lora_linear_eager(py::handle x_in, py::tuple weights, py::tuple lora_as,
                              py::tuple lora_bs, py::tuple scalings, py::tuple biases) {
-  const at::Tensor* x = python::plain(x_in);
-  if (x == nullptr || x->dim() == 0 || x->numel() == 0 || !python::is_read(x->scalar_type()) ||
-      !python::eager()) {
-    return py::none();
-  }
+  const at::Tensor* x = python::eager_input(x_in);
+  if (x == nullptr) return py::none();
   Members members;
   if (!read(*x, weights, lora_as, lora_bs, scalings, biases, members) ||
       needs_gradient(*x, members)) {
@@ -163,7 +149,7 @@ py::object lora_linear_eager(py::handle x_in, py::tuple weights, py::tuple lora_
   {
     const py::gil_scoped_release release;
     const at::NoGradGuard no_grad;
-    const at::Tensor rows = x->dim() == 2 ? *x : x->reshape({-1, x->size(-1)});
+    const at::Tensor rows = python::flat_rows(*x);
     if (is_few(rows, members)) {
       ys = std::get<0>(lora_linear_fwd_few(rows, members.weights, members.lora_as,
                                            members.lora_bs, members.biases, members.scalings,
@@ -172,7 +158,9 @@ py::object lora_linear_eager(py::handle x_in, py::tuple weights, py::tuple lora_
       ys = engine_name(x->scalar_type()) == "amx" ? compiled(rows, members)
                                                   : library_calls(rows, members);
     }
-    if (ys) ys = unflatten(std::move(*ys), *x);
+    if (ys) {
+      for (at::Tensor& y : *ys) y = python::with_leading_shape(y, *x);
+    }
   }
   return ys ? py::cast(std::move(*ys)) : py::object(py::none());
 }

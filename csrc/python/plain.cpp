@@ -1,6 +1,7 @@
 #include "plain.h"
 
 #include <ATen/autocast_mode.h>
+#include <ATen/ops/_unsafe_view.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -58,6 +59,21 @@ bool untraced() {
 bool eager() {
   return untraced() && !at::autocast::is_autocast_enabled(at::kCPU) &&
          !is_set("LORA_KERNELS_BACKEND") && !is_set("LORA_KERNELS_DISABLE");
+}
+
+const at::Tensor* eager_input(py::handle object) {
+  const at::Tensor* x = plain(object);
+  const bool fits = x != nullptr && x->dim() > 0 && x->numel() > 0 && is_read(x->scalar_type());
+  return fits && eager() ? x : nullptr;
+}
+
+at::Tensor flat_rows(const at::Tensor& t) { return t.dim() == 2 ? t : t.reshape({-1, t.size(-1)}); }
+
+at::Tensor with_leading_shape(const at::Tensor& y, const at::Tensor& input) {
+  if (input.dim() == 2) return y;
+  std::vector<int64_t> shape = input.sizes().vec();
+  shape.back() = y.size(1);
+  return at::_unsafe_view(y, shape);
 }
 
 namespace {

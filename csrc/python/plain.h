@@ -17,6 +17,14 @@ bool is_read(at::ScalarType dtype);
 // no variable of the environment that chooses a backend.
 bool eager();
 
+// The input of a call that may be done whole, eager() included: plain, of a dtype that is read,
+// neither empty nor a scalar. Null: the caller declines.
+const at::Tensor* eager_input(pybind11::handle object);
+
+// [all rows, last axis] of a tensor, and a result [all rows, n] in the leading shape of its input.
+at::Tensor flat_rows(const at::Tensor& t);
+at::Tensor with_leading_shape(const at::Tensor& y, const at::Tensor& input);
+
 // Whether a plan that was made of these objects stands for a call with x.
 //
 // Modules: every (key, value) of `own` is in `state`, every (mapping, key, value) of `same` holds, no

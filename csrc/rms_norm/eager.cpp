@@ -1,7 +1,6 @@
 #include "eager.h"
 
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/_unsafe_view.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <cmath>
@@ -14,9 +13,8 @@ namespace py = pybind11;
 namespace lora_kernels::rms_norm {
 
 py::object rms_norm_eager(py::handle x_in, py::handle weight_in, double eps, double offset) {
-  const at::Tensor* x = python::plain(x_in);
-  if (x == nullptr || x->dim() == 0 || x->numel() == 0 || !python::is_read(x->scalar_type()) ||
-      !(eps >= 0.0) || !std::isfinite(eps) || !std::isfinite(offset) || !python::eager()) {
+  const at::Tensor* x = python::eager_input(x_in);
+  if (x == nullptr || !(eps >= 0.0) || !std::isfinite(eps) || !std::isfinite(offset)) {
     return py::none();
   }
   bool differentiable = x->requires_grad();
@@ -35,9 +33,8 @@ py::object rms_norm_eager(py::handle x_in, py::handle weight_in, double eps, dou
   {
     const py::gil_scoped_release release;
     const at::NoGradGuard no_grad;
-    const at::Tensor rows = x->dim() == 2 ? *x : x->reshape({-1, x->size(-1)});
-    y = std::get<0>(rms_norm_fwd(rows, weight, {}, eps, offset));
-    if (x->dim() != 2) y = at::_unsafe_view(y, x->sizes());
+    y = std::get<0>(rms_norm_fwd(python::flat_rows(*x), weight, {}, eps, offset));
+    y = python::with_leading_shape(y, *x);
   }
   return py::cast(std::move(y));
 }
