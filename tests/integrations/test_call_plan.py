@@ -15,6 +15,7 @@ from torch import nn
 import lora_kernels as lk
 from lora_kernels._backends import cpu
 from lora_kernels.integrations.peft import call_plan
+from lora_kernels.testing import BudgetExceededError, assert_within_budget
 
 pytestmark = pytest.mark.skipif(
     cpu.load()[0] is None, reason="plans are compared by the compiled library"
@@ -117,18 +118,19 @@ CHANGES = {
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_is_seen(change, grad):
-    stock, fused = pair()
+    (stock, fused), (exact, _) = pair(), pair()
     x = torch.randn(3, 5, 24)
     with torch.set_grad_enabled(grad):
+        before = fused(x)
         warm(fused, x)
-        for model in (stock, fused):
+        for model in (stock, fused, exact):
             CHANGES[change](model)
         x = x.to(layer_of(stock).base_layer.weight.dtype)
-        want, got = stock(x), fused(x)
-        scale = want.abs().max()
-        assert (got - want).abs().max() <= 8 * torch.finfo(x.dtype).eps * scale
-        if change not in ("merged", "dtype"):  # which change the way, not the result
-            assert (want.float() - pair()[0](x.float())).abs().max() > 1e-3 * scale.float()
+        oracle, plain, got = exact.double()(x.double()).detach(), stock(x).detach(), fused(x)
+    assert_within_budget(got.detach(), oracle, plain, change)
+    if change not in ("merged", "dtype"):  # which change the way, not the result
+        with pytest.raises(BudgetExceededError):
+            assert_within_budget(before.detach(), oracle, plain, change)
 
 
 def test_dropout_follows_the_mode():
