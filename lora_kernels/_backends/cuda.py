@@ -67,6 +67,15 @@ def build_info() -> dict[str, Any]:
     }
 
 
+def lacking(entry: str, op: str, index: int | None = None) -> str:
+    """Why neither this device nor this library, whose newest function for `op` is `entry`, runs
+    the op; "" where they can."""
+    reason = device_reason(index)
+    if reason or hasattr(load()[0], entry):
+        return reason
+    return f"{path().name} predates {op}; rebuild it"
+
+
 def device_reason(index: int | None = None) -> str:
     """Why a device cannot run the kernels; "" where it can. None: the current device."""
     library, reason = load()

@@ -32,15 +32,8 @@ def supports(problem: GatedActivationProblem) -> tuple[bool, str]:
         return False, f"rank {max(problem.member_ranks)} is too large; at most {_MAX_RANK}"
     if max(problem.M, problem.N) > _MAX_EXTENT:
         return False, f"an extent is larger than {_MAX_EXTENT}"
-    reason = backend.device_reason(problem.device_index) or _library_reason()
+    reason = backend.lacking("gated_activation_bwd", "gated_activation", problem.device_index)
     return not reason, reason or "CUDA C++ kernels"
-
-
-def _library_reason() -> str:
-    library, reason = backend.load()
-    if library is None or hasattr(library, "gated_activation_bwd"):
-        return reason
-    return "lora_kernels/_cuda.so predates gated_activation; rebuild it"
 
 
 def _adapter(t: Tensor) -> Tensor:

@@ -45,18 +45,11 @@ def supports(problem: LoraQkvProblem) -> tuple[bool, str]:
     width = problem.D * max(problem.H, 2 * problem.Hk)
     if max(problem.M, problem.K, width) > _MAX_EXTENT:
         return False, f"an extent is larger than {_MAX_EXTENT}"
-    reason = backend.device_reason() or _library_reason()
+    reason = backend.lacking("lora_qkv_fwd", "lora_qkv")
     return (
         not reason,
         reason or f"CUDA C++ kernels, rotation in the epilogue of {_gemm_of(problem)}",
     )
-
-
-def _library_reason() -> str:
-    library, reason = backend.load()
-    if library is None or hasattr(library, "lora_qkv_fwd"):
-        return reason
-    return "lora_kernels/_cuda.so predates lora_qkv; rebuild it"
 
 
 def _gemm() -> str:

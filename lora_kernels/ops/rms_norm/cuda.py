@@ -32,15 +32,8 @@ def supports(problem: RmsNormProblem) -> tuple[bool, str]:
         return False, f"rows of {problem.K} are too long; at most {_MAX_COLUMNS}"
     if problem.M > _MAX_ROWS:
         return False, f"more than {_MAX_ROWS} rows are not supported"
-    reason = backend.device_reason() or _library_reason()
+    reason = backend.lacking("rms_norm_bwd", "rms_norm")
     return not reason, reason or "CUDA C++ kernels"
-
-
-def _library_reason() -> str:
-    library, reason = backend.load()
-    if library is None or hasattr(library, "rms_norm_bwd"):
-        return reason
-    return "lora_kernels/_cuda.so predates rms_norm; rebuild it"
 
 
 def _adapter(t: Tensor) -> Tensor:

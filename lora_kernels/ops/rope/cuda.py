@@ -31,15 +31,8 @@ def supports(problem: RopeProblem) -> tuple[bool, str]:
         return False, f"{problem.H + problem.Hk} heads are too many; at most {_MAX_HEADS}"
     if problem.B * problem.S > _MAX_POSITIONS:
         return False, f"more than {_MAX_POSITIONS} positions are not supported"
-    reason = backend.device_reason() or _library_reason()
+    reason = backend.lacking("rope_rotate", "rope")
     return not reason, reason or "CUDA C++ kernels"
-
-
-def _library_reason() -> str:
-    library, reason = backend.load()
-    if library is None or hasattr(library, "rope_rotate"):
-        return reason
-    return "lora_kernels/_cuda.so predates rope; rebuild it"
 
 
 def _table(t: Tensor) -> Tensor:
