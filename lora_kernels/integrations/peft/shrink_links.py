@@ -190,5 +190,6 @@ def _a_of(layer: Any) -> torch.Tensor:
 def _dtype_of(layer: Any, a: torch.Tensor) -> torch.dtype:
     base = layer if isinstance(layer, LoRALinear) else layer.get_base_layer()
     weight = getattr(base, "weight", None)
-    floating = isinstance(weight, torch.Tensor) and weight.is_floating_point()
-    return weight.dtype if floating else a.dtype  # type: ignore[union-attr]
+    if isinstance(weight, torch.Tensor) and weight.is_floating_point():
+        return weight.dtype
+    return a.dtype
